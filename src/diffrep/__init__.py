@@ -1,0 +1,33 @@
+"""diffrep: diffusion models as teachers. The public names, loaded when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffrep.api import evaluate as evaluate
+    from diffrep.api import features as features
+    from diffrep.api import load_teacher as load_teacher
+    from diffrep.api import probe as probe
+    from diffrep.api import report as report
+    from diffrep.api import run as run
+    from diffrep.api import show as show
+    from diffrep.data.datasets import load_data as load_data
+
+_HOMES = dict.fromkeys(("evaluate", "features", "load_teacher", "probe", "report", "run", "show"), "diffrep.api")
+_HOMES["load_data"] = "diffrep.data.datasets"
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffrep' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,221 @@
+"""From a recipe to a finished run folder: data, method, training, export, scores, in that order.
+
+Everything that only loading can show is refused before the run folder is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrep import counting
+from diffrep.data.datasets import ImageSet, hide_labels, label_subset, load_data
+from diffrep.data.feed import Feed
+from diffrep.errors import UserError
+from diffrep.evaluation.classify import student_scores
+from diffrep.files import locked
+from diffrep.methods.base import Method
+from diffrep.methods.denoiser import Denoiser
+from diffrep.methods.finetune import Finetune
+from diffrep.methods.repfusion import RepFusion
+from diffrep.randomness import seeded
+from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
+from diffrep.training.run import RunDir
+from diffrep.training.trainer import Trainer
+
+METHODS = {"repfusion": RepFusion, "finetune": Finetune, "denoiser": Denoiser}
+STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The objects one recipe describes."""
+
+    train: ImageSet
+    test: ImageSet
+    labelled: Tensor | None  # positions whose labels training may use; None: all
+    feed: Feed
+    method: Method
+
+
+def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
+    """Load the data and build the method; nothing is written.
+
+    Raises:
+        UserError: whatever does not fit.
+    """
+    train = load_data(recipe.data, "train")
+    test = load_data(recipe.data, "test")
+    if len(train) == 0:
+        raise UserError(f"data.source {recipe.data.source}: no images to train on")
+    _labels_needed(recipe, train)
+    labelled = None
+    seen = train
+    if train.labels is not None and recipe.data.labels:
+        labelled = label_subset(train.labels, recipe.data.labels, label_seed(recipe))
+        seen = copy.copy(train)
+        seen.labels = hide_labels(train.labels, labelled)
+    with seeded(recipe.seed, "initialisation"):
+        method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
+    method.check_data(train.fingerprint, recipe.data.augment)
+    feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled)
+    return Assembled(train, test, labelled, feed, method)
+
+
+def label_seed(recipe: Recipe) -> int:
+    """Which draw of labelled images: training, reward, head and probe all use this one."""
+    return recipe.seed if recipe.data.label_seed is None else recipe.data.label_seed
+
+
+def _labels_needed(recipe: Recipe, train: ImageSet) -> None:
+    if train.labels is None and recipe.method.needs_labels():
+        raise UserError(
+            f"data.source {recipe.data.source} has no labels, and method '{recipe.method.kind}' with these settings needs them"
+        )
+
+
+def _square(images: ImageSet, recipe: Recipe) -> int:
+    height, width = images.image_size
+    if height != width:
+        raise UserError(
+            f"data.source {recipe.data.source}: images are {height}x{width}; set data.image_size for square ones"
+        )
+    return height
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda d, t: None,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe in ``run_dir``, or go on where it stopped, or return what it found when it finished before."""
+    run = RunDir(run_dir)
+    if (found := _finished(run, recipe)) is not None:
+        return found
+    parts = assemble(recipe, allow_code)
+    writes = is_main_process()
+    run = RunDir(run_dir, writes)
+    with locked(run_dir) if writes else _nothing():
+        run.begin(to_yaml(recipe))
+        began = time.monotonic()
+        trainer = Trainer(parts.method, parts.feed, recipe.optim, recipe.train, recipe.seed, run)
+        device = trainer.accelerator.device
+        parts.method.prepare(parts.feed.sweep(256, device, STATISTICS_IMAGES))
+        budget = trainer.fit(stop, progress)
+        if not writes:
+            return {}
+        result = describe(recipe, parts) | budget
+        result |= parts.method.export(run_dir)
+        result["scores"] = scores(recipe, parts, device)
+        parts.method.illustrate(run_dir, recipe.evaluate.samples, recipe.evaluate.num_sampling_steps, recipe.seed)
+        result["wall_seconds"] = round(time.monotonic() - began, 2)
+        run.finish(result)
+    return result
+
+
+def _finished(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
+    result = run.result()
+    if result is not None and result.get("recipe_hash") != recipe_hash(recipe):
+        raise UserError(f"{run.path} belongs to another recipe (see its recipe.yaml); choose another --out")
+    return result
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; the others of a torchrun only compute."""
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def scores(recipe: Recipe, parts: Assembled, device: torch.device) -> dict[str, Any]:
+    """Of the exported student; a diffusion model is judged by whoever learns from it."""
+    student = getattr(parts.method, "student", None)
+    if student is None or parts.train.labels is None:
+        return {}
+    return student_scores(student, parts.train, parts.test, recipe.evaluate, label_seed(recipe), device)
+
+
+def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
+    """What a result says of its origin and its budget."""
+    counted = multiply_adds_per_image(parts.method, parts.train.image_size[0])
+    images = recipe.train.steps * recipe.train.batch_size
+    return {
+        "name": recipe.name,
+        "kind": recipe.method.kind,
+        "about": recipe.about,
+        "recipe_hash": recipe_hash(recipe),
+        "seed": recipe.seed,
+        "licence": parts.method.licence,
+        "data": {"source": recipe.data.source, "licence": parts.train.licence, "fingerprint": parts.train.fingerprint,
+                 "train_images": len(parts.train), "test_images": len(parts.test), "skipped": parts.train.skipped},
+        "labels_seen": labels_seen(recipe, parts),
+        "parameters": sum(p.numel() for p in parts.method.parameters() if p.requires_grad),
+        "multiply_adds": counted * images,
+    }  # fmt: skip
+
+
+def labels_seen(recipe: Recipe, parts: Assembled) -> dict[str, int]:
+    """How many labels each part of training looked at: the report prints it, a test holds it."""
+    available = 0 if parts.train.labels is None else len(parts.train)
+    count = available if parts.labelled is None else len(parts.labelled)
+    return dict.fromkeys(recipe.method.label_readers(), count)
+
+
+def multiply_adds_per_image(method: Method, image_size: int) -> int:
+    """Of one training step: forward and backward of what is trained, forward of what is frozen."""
+    # Batch norm in training refuses a single image, hence two.
+    kept = {id(v): v for k, v in vars(method).items() if not k.startswith("_")}
+    clone = copy.deepcopy(method, kept).to("meta").train()
+    images = torch.zeros(2, 3, image_size, image_size, device="meta")
+    return counting.multiply_adds(lambda: clone.dry_step(images)) // 2 + method.frozen_multiply_adds()
+
+
+def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
+    """What a run will cost, from counting and from three real steps whose result is thrown away."""
+    parts = assemble(recipe, allow_code)
+    run = RunDir(Path("/nonexistent"), writes=False)
+    trainer = Trainer(
+        parts.method, parts.feed, recipe.optim, recipe.train.model_copy(update={"track": ()}), recipe.seed, run
+    )
+    parts.method.train()
+    times = []
+    for step in range(3):
+        began = time.process_time()
+        trainer.step(step)
+        times.append(time.process_time() - began)
+    tensors = sum(p.numel() * p.element_size() for p in parts.method.parameters())
+    copies = 1 + {"sgd": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
+    images = recipe.train.steps * recipe.train.batch_size
+    return {
+        "multiply_adds": multiply_adds_per_image(parts.method, parts.train.image_size[0]) * images,
+        "images": images,
+        "seconds": min(times) * recipe.train.steps,
+        "memory_bytes": peak_memory(),
+        "disk_bytes": tensors * (2 * copies + 1),
+        "licences": {"data": parts.train.licence, "weights": parts.method.licence},
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,311 @@
+"""The command line: parses, calls :mod:`diffrep.api`, prints. Nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done; 1 our fault; 2 the user's input; 3 the run cannot go on; 130 interrupted, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffrep import __version__
+from diffrep.errors import DiffrepError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Diffusion models as teachers: of features, of data, of one representation.",
+    epilog="Start with: diffrep run quickstart. Every verb has an example: diffrep VERB --help.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Check and prepare data sets.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a setting; repeatable.")
+]
+Out = Annotated[Path | None, typer.Option(help="The folder to write.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Allow python:module:factory, which runs foreign code.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost, and stop.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped name (diffrep recipes) or a YAML / JSON file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Annotated[str | None, typer.Option(help="Of a study: 0,1,2.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Of a study: processes side by side; default one per core.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of a single run.")] = 1,
+    record: Annotated[
+        Path | None, typer.Option(help="Of a study: folder of evidence; recorded arms are skipped.")
+    ] = None,
+    dry_run: DryRun = False,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe or a study; the same command goes on after an interruption.
+
+    Example: diffrep run denoiser_digits --set train.steps=300 --out runs/my_teacher
+    """
+    _one_thread(threads)
+    from diffrep import api, words
+
+    if dry_run:
+        cost = api.dry_run(recipe, overrides or [], allow_code)
+        return _print(
+            json.dumps(cost, indent=2) if as_json else words.cost(api.show(recipe, overrides or [], allow_code), cost)
+        )
+    chosen = _integers(seeds, "--seeds") if seeds else None
+    result = api.run(recipe, overrides or [], out, chosen, jobs, threads, record, allow_code, say=_say)
+    if not result:
+        return  # a process of torchrun that does not write
+    _print(json.dumps(result, indent=2) if as_json else words.result(result))
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """The ledger: every shipped recipe with its published number, ours, and what it needs.
+
+    Example: diffrep recipes
+    """
+    from diffrep import api, words
+
+    rows = api.recipes()
+    _print(json.dumps(rows, indent=2) if as_json else words.ledger(rows))
+
+
+@app.command()
+def show(recipe: str, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
+    """Print the resolved recipe as YAML, ready to be edited and run.
+
+    Example: diffrep show repfusion_digits_conv > mine.yaml
+    """
+    from diffrep import api
+
+    _print(api.show(recipe, overrides or [], allow_code).rstrip())
+
+
+@app.command()
+def features(
+    teacher: Annotated[str, typer.Argument(help="Diffusers folder, Hub id, run folder, python:module:factory.")],
+    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
+    taps: Annotated[str, typer.Option(help="Dotted names, comma-separated; --list-taps prints them.")] = "mid_block",
+    timesteps: Annotated[str, typer.Option(help="0,50,100")] = "0",
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("features"),
+    split: str = "train",
+    augment: Annotated[str, typer.Option(help="Every view of it is written.")] = "none",
+    pool: Annotated[int | None, typer.Option(min=1, help="Cells per side; default whole maps.")] = None,
+    dtype: str = "float16",
+    noise: Annotated[str | None, typer.Option(help="forward: noise the image to t.")] = None,
+    list_taps: Annotated[bool, typer.Option(help="Print the teacher's taps and stop.")] = False,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a teacher's features to memory-mapped files, in constant memory; continues after an interruption.
+
+    Example: diffrep features runs/my_teacher --data digits --taps mid_block,up_blocks.1 --timesteps 0,100 --pool 2
+    """
+    _one_thread(1)
+    from diffrep import api, words
+
+    if list_taps:
+        return _print(words.taps(api.load_teacher(teacher, allow_code).taps()))
+    settings = {
+        "taps": taps.split(","),
+        "timesteps": _integers(timesteps, "--timesteps"),
+        "pool": pool,
+        "dtype": dtype,
+        "noise": noise,
+    }
+    result = api.features(teacher, {"source": data, "augment": augment}, settings, out, split, allow_code)
+    _print(json.dumps(result, indent=2) if as_json else words.features(result, out))
+
+
+@app.command()
+def probe(
+    teacher: Annotated[str, typer.Argument(help="Diffusers folder, Hub id, run folder, python:module:factory.")],
+    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
+    taps: Annotated[str, typer.Option(help="Dotted names, comma-separated.")] = "mid_block",
+    timesteps: str = "0,50,100,200,400,800",
+    pool: Annotated[int, typer.Option(min=1, help="Cells per side.")] = 1,
+    labels: Annotated[int | None, typer.Option(min=1, help="Labelled images per draw; default all.")] = None,
+    draws: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("probe"),
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which tap, which timestep: linear-probe accuracy of a teacher's features, with spread over label draws.
+
+    Example: diffrep probe runs/my_teacher --data digits --taps mid_block,up_blocks.1 --pool 2 --labels 50
+    """
+    _one_thread(1)
+    from diffrep import api, words
+
+    settings = {
+        "taps": taps.split(","),
+        "timesteps": _integers(timesteps, "--timesteps"),
+        "pool": pool,
+        "labels": labels,
+        "draws": draws,
+    }
+    result = api.probe(teacher, data, settings, out, allow_code)
+    _print(json.dumps(result["rows"], indent=2) if as_json else words.sweep(result))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A run folder, a .safetensors file beside its config.json, or a timm name.")
+    ],
+    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
+    labels: Annotated[str | None, typer.Option(help="Label counts for probe and neighbours; default all.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1)] = None,
+    knn: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Which draw of labelled images.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a student: linear probe and k-NN of its frozen features, top-1 where it has a classifier.
+
+    Example: diffrep evaluate runs/my_student --data digits --labels 20,50
+    """
+    _one_thread(1)
+    from diffrep import api, words
+
+    counts = tuple(_integers(labels, "--labels")) if labels else ()
+    scores = api.evaluate(model, data, counts, knn, seed, image_size)
+    _print(json.dumps(scores, indent=2) if as_json else words.scores(scores))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or one study.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One HTML page that compares runs; opens offline, readable on a phone.
+
+    Example: diffrep report runs/A runs/B --out report.html
+    """
+    from diffrep import api
+
+    _print(str(api.report(runs, out)))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can do: device, precision, compiler, data, weights; what would be slow, and why.
+
+    Example: diffrep doctor
+    """
+    from diffrep.doctor import examine, lines
+
+    found = examine()
+    _print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+
+
+@app.command()
+def assets(as_json: AsJson = False) -> None:
+    """Published weights that recipes name, with their licences.
+
+    Example: diffrep assets
+    """
+    from diffrep import words
+    from diffrep.assets import ASSETS
+
+    _print(json.dumps([vars(a) for a in ASSETS.values()], indent=2) if as_json else words.assets(list(ASSETS.values())))
+
+
+@data_app.command("check")
+def data_check(name: str, path: Path, as_json: AsJson = False) -> None:
+    """Count images and classes, print the hash, name what is missing. NAME: cifar10, cifar100, folder, parquet.
+
+    Example: diffrep data check cifar10 cifar-10-python.tar.gz
+    """
+    from diffrep.data.prepare import check
+
+    _report(check(name, path), as_json)
+
+
+@data_app.command("prepare")
+def data_prepare(name: str, path: Path, out: Path, as_json: AsJson = False) -> None:
+    """Bring an official archive or a folder into a form that loads fast; writes OUT whole or not at all.
+
+    Example: diffrep data prepare cifar10 cifar-10-python.tar.gz data/cifar10
+    """
+    from diffrep.data.prepare import prepare
+
+    _report(prepare(name, path, out), as_json)
+
+
+def _report(found: Any, as_json: bool) -> None:
+    _print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something goes wrong.")] = False,
+) -> None:
+    if version:
+        _print(__version__)
+        raise typer.Exit
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes whole numbers separated by commas, not '{text}'") from None
+
+
+def _one_thread(threads: int) -> None:
+    """Before torch is imported: idle OpenMP threads spin, and two processes then starve each other."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The console script: every failure is one line and an exit code of its own."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments, prog_name="diffrep", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_failed(error))
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(error: Exception) -> int:
+    """Print one line for ``error`` and return its exit code."""
+    if isinstance(error, DiffrepError):
+        _say(f"diffrep: {' '.join(str(error).split())}")
+        return error.exit_code
+    if hasattr(error, "format_message"):  # what the parser of the command line raises
+        _say(f"diffrep: {' '.join(error.format_message().split())} (diffrep --help)")
+        return 2
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
+        return 0
+    _say(
+        f"diffrep: a fault of ours: {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
+    )
+    return 1

@@ -1,0 +1,63 @@
+"""Which images a step sees, and how they are augmented: both functions of (seed, step) alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffrep.data.batch import Batch
+from diffrep.data.datasets import DataConfig, ImageSet
+from diffrep.data.transforms import augmentation
+from diffrep.randomness import cycle, stream
+
+
+class Feed:
+    """Batches of a training split; any rows of any step can be asked for, in any order.
+
+    images:   the split; a small one lives on the device as one uint8 tensor.
+    labelled: (L,) positions whose labels this run may use; None: all that the source has.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: DataConfig, batch_size: int, seed: int, labelled: Tensor | None
+    ) -> None:
+        self.images, self.seed, self.batch_size, self.labelled = images, seed, batch_size, labelled
+        self.augmentation = augmentation(config.augment)
+        self.num_labelled = round((config.labelled_share or 0) * batch_size)
+
+    def index(self, step: int) -> Tensor:
+        """The global batch of ``step``, (B,) int64: first the share drawn from the labelled images, then the rest."""
+        rest = self.batch_size - self.num_labelled
+        order = cycle(self.seed, "order", len(self.images), step * rest, rest)
+        if not self.num_labelled or self.labelled is None:
+            return order
+        chosen = cycle(self.seed, "labelled order", len(self.labelled), step * self.num_labelled, self.num_labelled)
+        return torch.cat([self.labelled[chosen], order])
+
+    def view(self, step: int) -> Tensor:
+        """(B,) int64, the augmentation's view of each row."""
+        rng = stream(self.seed, "view", step)
+        return torch.randint(0, self.augmentation.num_views, (self.batch_size,), generator=rng)
+
+    def batch(self, step: int, rows: list[int], device: torch.device) -> Batch:
+        """``rows`` of the global batch of ``step``, on ``device``."""
+        return self.gather(self.index(step)[rows], self.view(step)[rows], device)
+
+    def gather(self, index: Tensor, view: Tensor, device: torch.device) -> Batch:
+        """These images in these views, (B, 3, H, W) float32 in [0, 1]."""
+        shown = view.to(device)
+        pixels = self.augmentation.apply(self.images.gather(index).to(device), shown)
+        labels = self.images.labels
+        return Batch(
+            images=pixels.to(torch.float32) / 255,
+            labels=None if labels is None else labels[index].to(device),
+            index=index.to(device),
+            view=shown,
+        )
+
+    def sweep(self, block_size: int, device: torch.device, limit: int | None = None) -> list[Batch]:
+        """The first ``limit`` images in order, untouched by augmentation, as batches."""
+        total = min(len(self.images), limit or len(self.images))
+        starts = range(0, total, block_size)
+        positions = [torch.arange(s, min(s + block_size, total)) for s in starts]
+        return [self.gather(p, torch.zeros_like(p), device) for p in positions]

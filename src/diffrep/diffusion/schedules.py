@@ -1,0 +1,127 @@
+"""Noise schedules: how much of an image is left at each timestep. Pure numbers, no networks.
+
+Letters: T timesteps, B images; alpha_bar_t is the share of signal variance left at t (0 = cleanest).
+Arrays are float64 and cast at use, as in guided-diffusion's `gaussian_diffusion.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.errors import UserError
+
+BETA_START, BETA_END = 1e-4, 0.02  # Ho et al. 2020, section 4, for 1,000 timesteps
+MAX_BETA = 0.999  # Nichol and Dhariwal 2021, section 3.2
+
+
+def linear_betas(num_timesteps: int, start: float = BETA_START, end: float = BETA_END) -> np.ndarray:
+    """(T,) float64, evenly spaced; for other T the ends are scaled by 1000 / T as in guided-diffusion."""
+    scale = 1000 / num_timesteps
+    return np.linspace(scale * start, min(scale * end, MAX_BETA), num_timesteps, dtype=np.float64)
+
+
+def scaled_linear_betas(num_timesteps: int, start: float, end: float) -> np.ndarray:
+    """(T,) float64, evenly spaced in the square root (Stable Diffusion)."""
+    return np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
+
+
+def cosine_betas(num_timesteps: int) -> np.ndarray:
+    """(T,) float64; alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2) (Nichol and Dhariwal 2021, equation 17)."""
+
+    def alpha_bar(s: float) -> float:
+        return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    pairs = ((i / num_timesteps, (i + 1) / num_timesteps) for i in range(num_timesteps))
+    return np.array([min(1 - alpha_bar(after) / alpha_bar(before), MAX_BETA) for before, after in pairs])
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) over a list of timesteps.
+
+    betas:    (T,) float64.
+    timestep: (T,) int64, the ORIGINAL number of each step: what a network is told, also after respacing.
+    """
+
+    betas: np.ndarray
+    timestep: np.ndarray
+
+    @classmethod
+    def from_betas(cls, betas: np.ndarray) -> NoiseSchedule:
+        return cls(betas, np.arange(len(betas)))
+
+    @classmethod
+    def named(cls, name: str, num_timesteps: int = 1000) -> NoiseSchedule:
+        """``linear`` or ``cosine``."""
+        return cls.from_betas({"linear": linear_betas, "cosine": cosine_betas}[name](num_timesteps))
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1.0 - self.betas)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def alpha_bar(self, step: Tensor, like: Tensor) -> Tensor:
+        """alpha_bar at ``step`` (B,) int64, shaped (B, 1, 1, ...) and typed to multiply ``like``."""
+        values = torch.from_numpy(self.alphas_cumprod).to(like.device)[step].to(torch.float32)
+        return values.view(-1, *[1] * (like.dim() - 1))
+
+    def noised(self, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, equation 4)."""
+        alpha_bar = self.alpha_bar(step, x)
+        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+
+    def velocity(self, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, section 4)."""
+        alpha_bar = self.alpha_bar(step, x)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
+
+    def respaced(self, spacing: str) -> NoiseSchedule:
+        """Keep some timesteps: ``"N"``, ``"a,b,c"`` (per section) or ``"ddimN"`` (integer stride), as guided-diffusion.
+
+        The kept steps keep their alpha_bar: new beta_i = 1 - alpha_bar_i / alpha_bar_(previous kept).
+        """
+        kept = kept_timesteps(len(self), spacing)
+        alphas = self.alphas_cumprod[kept]
+        return NoiseSchedule(1 - alphas / np.concatenate([[1.0], alphas[:-1]]), self.timestep[kept])
+
+
+def kept_timesteps(total: int, spacing: str) -> np.ndarray:
+    """The sorted positions that ``spacing`` keeps of ``total`` timesteps.
+
+    Raises:
+        UserError: no integer stride gives ``ddimN`` steps, or a section is asked for more steps than it has.
+    """
+    if spacing.startswith("ddim"):
+        return _by_stride(total, _count(spacing.removeprefix("ddim"), spacing))
+    counts = [_count(part, spacing) for part in spacing.split(",")]
+    sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
+    kept, start = [], 0
+    for size, count in zip(sizes, counts, strict=True):
+        if count > size:
+            raise UserError(f"num_sampling_steps '{spacing}': a section of {size} timesteps cannot give {count} steps")
+        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
+        # Summed, not multiplied: the official code rounds a running sum, and halves may round the other way.
+        kept += [start + round(offset) for offset in accumulate([stride] * (count - 1), initial=0.0)]
+        start += size
+    return np.array(sorted(set(kept)))
+
+
+def _by_stride(total: int, wanted: int) -> np.ndarray:
+    for stride in range(1, total):
+        if len(range(0, total, stride)) == wanted:
+            return np.arange(0, total, stride)
+    raise UserError(f"num_sampling_steps 'ddim{wanted}': no integer stride over {total} timesteps gives {wanted} steps")
+
+
+def _count(text: str, spacing: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UserError(f"num_sampling_steps '{spacing}' is not 'N', 'a,b,c' or 'ddimN' with whole numbers above 0")
+    return int(text)

@@ -1,0 +1,65 @@
+"""How good a student is: its frozen features by linear probe and neighbours, and its own top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffrep.config import Config
+from diffrep.data.datasets import ImageSet, label_subset
+from diffrep.errors import UserError
+from diffrep.evaluation import probe
+from diffrep.models.students import Student
+
+
+class EvaluateConfig(Config):
+    """What is measured after training, on the test split, which nothing else reads."""
+
+    probe_labels: tuple[int, ...] = ()  # label counts for the linear probe of the frozen student; () = all labels
+    knn: int = Field(1, ge=1)  # neighbours
+    samples: int = Field(20, ge=0)  # images a diffusion model draws for samples/grid.png
+    num_sampling_steps: str = "20"  # of those images
+
+
+def student_scores(
+    student: Student, train: ImageSet, test: ImageSet, config: EvaluateConfig, label_seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Percentages by name: ``linear_probe_50``, ``knn_50``, ... and ``top1`` where the student has a classifier.
+
+    The labelled images are the class-balanced draw of ``label_seed``, the same that training with that many labels sees.
+    """
+    if train.labels is None or test.labels is None:
+        raise UserError(f"evaluate: {train.name} has no labels to score against")
+    student.eval().to(device)
+    seen, held_out = (outputs(student.pooled, images, device) for images in (train, test))
+    num_classes, scores = len(train.classes), {}
+    counts = config.probe_labels or (len(train),)
+    draws = [label_subset(train.labels, n, label_seed) for n in counts]
+    for n, linear in zip(
+        counts, probe.probe_scores(seen, train.labels, held_out, test.labels, draws, num_classes), strict=True
+    ):
+        scores[f"linear_probe_{n}"] = linear
+    standard, standard_test = probe.standardise(seen, held_out)
+    for n, draw in zip(counts, draws, strict=True):
+        found = probe.nearest_neighbours(standard[draw], train.labels[draw], standard_test, num_classes, config.knn)
+        scores[f"knn_{n}"] = probe.accuracy(found, test.labels)
+    if getattr(student.backbone, "num_classes", 0) == num_classes:
+        scores["top1"] = probe.accuracy(outputs(student, test, device).argmax(1), test.labels)
+    return {name: round(score, 3) for name, score in scores.items()} | {"test_images": len(test)}
+
+
+@torch.no_grad()
+def outputs(
+    network: Callable[[Tensor], Tensor], images: ImageSet, device: torch.device, block_size: int = 256
+) -> Tensor:
+    """``network`` over all images in order, (N, ...) float32 on the CPU."""
+    blocks = []
+    for start in range(0, len(images), block_size):
+        index = torch.arange(start, min(start + block_size, len(images)))
+        pixels = images.gather(index).to(device).to(torch.float32) / 255
+        blocks.append(network(pixels).float().cpu())
+    return torch.cat(blocks)

@@ -1,0 +1,238 @@
+"""A store of a teacher's features: written once in constant memory, read by memory map, replayed exactly.
+
+One ``.npy`` file per tap with axes (timestep, view, image, C, h, w); ``manifest.json`` is written last, so a folder
+that has one is complete. An interrupted writer continues at the block where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from diffrep.config import Config
+from diffrep.errors import UserError, nearest
+from diffrep.files import disk_errors, read_json, sha256_of, write_json
+from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.randomness import Rows, stream
+
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+RESIDENT_BYTES = 1 << 30  # a store up to this size is held on the device
+
+
+class FeatureConfig(Config):
+    """What is read from the teacher, and how it is kept."""
+
+    taps: tuple[str, ...] = Field(min_length=1)  # dotted module paths
+    timesteps: tuple[int, ...] = Field(min_length=1)
+    pool: int | None = Field(None, ge=1)  # cells per side each map is pooled to; None keeps whole maps
+    dtype: Literal["float16", "float32"] = "float16"  # float32 replays a run without a store bit for bit
+    noise: Literal["forward"] | None = None  # None: clean image; forward: x_t, with noise of its own per image
+    block_size: int = Field(64, ge=1)  # images per pass; part of the result, because rounding depends on it
+
+    @field_validator("timesteps", "taps")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError("one is named twice")
+        return values
+
+
+def write_features(
+    folder: Path,
+    teacher: DiffusionTeacher,
+    config: FeatureConfig,
+    images: Callable[[int, Tensor], Tensor],
+    num_images: int,
+    num_views: int,
+    source: dict[str, Any],
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Fill ``folder``; returns the manifest. Running it again continues, or returns at once when it is complete.
+
+    Args:
+        images: (view, index (B,) int64) -> (B, 3, H, W) float32 in [0, 1]; called block by block.
+        source: what the images are (name, split, fingerprint, augment), kept in the manifest.
+        progress: called with (images x views x timesteps done, in all).
+    """
+    settings = {
+        "teacher": teacher.name, "teacher_sha256": teacher.sha256, "licence": teacher.licence, "source": source,
+        "num_images": num_images, "num_views": num_views, "seed": seed, **config.model_dump(mode="json"),
+    }  # fmt: skip
+    if (folder / MANIFEST).exists():
+        return _same(read_json(folder / MANIFEST), settings, folder)
+    teacher.checked_timestep(torch.tensor(config.timesteps), torch.empty(len(config.timesteps)))
+    shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays, start = _open(folder, settings, shapes)
+        blocks = _blocks(config, num_images, num_views)
+        for number, (step, view, first) in enumerate(blocks):
+            if number < start:
+                continue
+            index = torch.arange(first, min(first + config.block_size, num_images))
+            block = _block(teacher, config, images(view, index), index, config.timesteps[step], view, seed)
+            for tap, values in block.items():
+                arrays[tap][step, view, first : first + len(index)] = values
+            progress(number + 1, len(blocks))
+            if number % 256 == 255:
+                _note(folder, arrays, settings, number + 1)
+        _note(folder, arrays, settings, len(blocks))
+    files = {f"{tap}.npy": sha256_of(folder / f"{tap}.npy") for tap in config.taps}
+    manifest = {**settings, "shapes": {t: list(s) for t, s in shapes.items()}, "sha256": files}
+    write_json(folder / MANIFEST, manifest)
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def _blocks(config: FeatureConfig, num_images: int, num_views: int) -> list[tuple[int, int, int]]:
+    firsts = range(0, num_images, config.block_size)
+    return [(s, v, f) for s in range(len(config.timesteps)) for v in range(num_views) for f in firsts]
+
+
+def _block(
+    teacher: DiffusionTeacher, config: FeatureConfig, images: Tensor, index: Tensor, timestep: int, view: int, seed: int
+) -> dict[str, np.ndarray]:
+    rng = None
+    if config.noise:  # image k's noise is a function of (seed, timestep, view, k), whatever the block
+        rng = _PerImage([stream(seed, "feature noise", timestep, view, k) for k in index.tolist()])
+    features = teacher.features(images, timestep, config.taps, noise=config.noise, rng=rng)
+    kept = {
+        t: f if config.pool is None or f.dim() != 4 else F.adaptive_avg_pool2d(f.float(), config.pool)
+        for t, f in features.items()
+    }
+    return {tap: value.cpu().numpy().astype(config.dtype) for tap, value in kept.items()}
+
+
+class _PerImage(Rows):
+    """Rows that draw from one generator per image."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
+
+
+def _kept_shape(teacher: DiffusionTeacher, tap: str, pool: int | None) -> tuple[int, ...]:
+    shape = teacher.tap(tap).shape
+    return (shape[0], pool, pool) if pool and len(shape) == 3 else shape
+
+
+def _open(
+    folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, np.memmap], int]:
+    """The arrays, with their disk space reserved (a map of a full disk would kill the process), and the first block."""
+    lead = (len(settings["timesteps"]), settings["num_views"], settings["num_images"])
+    done = 0
+    if (folder / PROGRESS).exists():
+        noted = read_json(folder / PROGRESS)
+        _same(noted["settings"], settings, folder)
+        done = noted["blocks"]
+    mode = "r+" if done else "w+"
+    arrays = {}
+    for tap, shape in shapes.items():
+        path = folder / f"{tap}.npy"
+        arrays[tap] = np.lib.format.open_memmap(path, mode=mode, dtype=settings["dtype"], shape=(*lead, *shape))
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return arrays, done
+
+
+def _note(folder: Path, arrays: dict[str, np.memmap], settings: dict[str, Any], blocks: int) -> None:
+    for array in arrays.values():
+        array.flush()
+    write_json(folder / PROGRESS, {"settings": settings, "blocks": blocks})
+
+
+def _same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{folder} holds other features ({key}: {found.get(key)!r}, now {value!r}); choose another --out"
+            )
+    return found
+
+
+class FeatureStore:
+    """A finished feature folder, read only."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).exists():
+            raise UserError(f"{folder} is no finished feature folder (no {MANIFEST}): write it with diffrep features")
+        self.manifest = read_json(self.folder / MANIFEST)
+        self.timesteps: list[int] = self.manifest["timesteps"]
+        self.teacher, self.licence = self.manifest["teacher"], self.manifest["licence"]
+        self._held: dict[tuple[str, torch.device], Tensor] = {}
+
+    def check(self, tap: str, grid: int) -> None:
+        """Refuse a tap that is not in the store, or maps pooled to another grid."""
+        if tap not in self.manifest["shapes"]:
+            raise UserError(f"{self.folder} has no tap '{tap}'; {nearest(tap, self.manifest['shapes'])}")
+        shape = self.manifest["shapes"][tap]
+        if shape[1:] != [grid, grid]:
+            raise UserError(f"{self.folder} holds '{tap}' as {shape}, not on a {grid}x{grid} grid (method.hint_grid)")
+
+    def check_timesteps(self, timesteps: Iterable[int]) -> None:
+        missing = [t for t in timesteps if t not in self.timesteps]
+        if missing:
+            raise UserError(f"{self.folder} has no timestep {missing[0]}; it holds {self.timesteps}")
+
+    def check_source(self, fingerprint: str, augment: str) -> None:
+        """Refuse features of other images, or of other views of them."""
+        source = self.manifest["source"]
+        for name, mine, theirs in (
+            ("images", fingerprint, source["fingerprint"]),
+            ("augment", augment, source["augment"]),
+        ):
+            if mine != theirs:
+                raise UserError(f"{self.folder} was written for other {name} ({theirs}, this run has {mine})")
+
+    def channels(self, tap: str) -> int:
+        return self.manifest["shapes"][tap][0]
+
+    def array(self, tap: str) -> np.ndarray:
+        """(T, V, N, C, h, w), memory-mapped."""
+        try:
+            return np.load(self.folder / f"{tap}.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder}/{tap}.npy cannot be read ({error}): delete the folder and write it again"
+            ) from None
+
+    def gather(self, tap: str, timestep: Tensor, view: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
+        """(B, C, h, w) float32 for each image's own timestep and view."""
+        row = torch.searchsorted(torch.tensor(sorted(self.timesteps)), timestep.cpu())
+        row = torch.argsort(torch.tensor(self.timesteps))[row]  # the store keeps the order it was asked for
+        shown = torch.zeros_like(index) if view is None else view
+        held = self._resident(tap, device)
+        if held is not None:
+            return held[row.to(device), shown.to(device), index.to(device)].float()
+        array = self.array(tap)
+        return torch.from_numpy(array[row.numpy(), shown.cpu().numpy(), index.cpu().numpy()]).float().to(device)
+
+    def _resident(self, tap: str, device: torch.device) -> Tensor | None:
+        if (tap, device) not in self._held:
+            array = self.array(tap)
+            if array.nbytes > RESIDENT_BYTES:
+                return None
+            self._held[tap, device] = torch.from_numpy(np.array(array)).to(device)
+        return self._held[tap, device]
+
+    def statistics(self, tap: str, timesteps: list[int]) -> Tensor:
+        """(A', 2, C) float32: mean and mean square per timestep and channel over all views, images and cells."""
+        array = self.array(tap)
+        rows = []
+        for t in timesteps:
+            values = torch.from_numpy(np.array(array[self.timesteps.index(t)])).double().transpose(0, 2).flatten(1)
+            rows.append(torch.stack([values.mean(1), values.square().mean(1)]))
+        return torch.stack(rows).float()

@@ -1,0 +1,104 @@
+"""What the loop knows of a method, and all it knows.
+
+A method is a module that turns a batch into named losses. Frozen networks stand in plain attributes
+(:class:`diffrep.frozen.base.FrozenModule` is no module), so optimiser, checkpoint and DDP never meet them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.config import Config
+from diffrep.data.batch import Batch
+from diffrep.files import write_atomic, write_json
+from diffrep.models.students import Student
+from diffrep.randomness import Rows
+
+
+class MethodConfig(Config):
+    """What a recipe may ask of any method's settings before anything is built."""
+
+    def label_readers(self) -> tuple[str, ...]:
+        """The parts of training that look at labels, by the names a report prints."""
+        return ()
+
+    def needs_labels(self) -> bool:
+        return bool(self.label_readers())
+
+
+class Method(nn.Module):
+    """One road. Subclasses are built from their own config and decide nothing about devices or data."""
+
+    licence: str = "Apache-2.0 (weights trained here)"  # of what ``export`` writes; a teacher's licence is added
+
+    uses_all_parameters: bool = True  # False: some parameters get no gradient in some steps
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Look once at unaugmented training images before the first step (statistics); most methods need not."""
+
+    def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
+        """Named scalars: ``loss`` is what is minimised, the rest is its parts and what is worth a curve.
+
+        Args:
+            batch: images in [0, 1], see :class:`Batch`.
+            rng: the draws of this step for these rows.
+            progress: share of the training done, in [0, 1).
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the names that ``optim.group_lr`` may give a rate of their own."""
+        return {"student": [p for p in self.parameters() if p.requires_grad]}
+
+    def check_data(self, fingerprint: str, augment: str) -> None:
+        """Refuse images that a cache was not made from."""
+
+    def export(self, run_dir: Path) -> dict[str, Any]:
+        """Write the network to keep into ``run_dir``; returns what ``result.json`` should say of it."""
+        raise NotImplementedError
+
+    def illustrate(self, run_dir: Path, count: int, num_sampling_steps: str, seed: int) -> None:
+        """Pictures worth having in ``samples/``; most methods have none."""
+
+    def dry_step(self, images: Tensor) -> None:
+        """The arithmetic of one forward and backward pass, run on meta tensors to count multiply-adds."""
+        raise NotImplementedError
+
+    def frozen_multiply_adds(self) -> int:
+        """Multiply-adds per image and step in frozen networks, which have no backward pass."""
+        return 0
+
+
+def mean_over_processes(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of ``values`` (B,) where ``chosen`` (B,) bool, over the batches of all processes; 0 where none is."""
+    sums = torch.stack([torch.where(chosen, values, 0).sum(), chosen.sum().to(values.dtype)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def save_student(run_dir: Path, student: Student) -> None:
+    """The backbone's weights under timm's own names, and what is needed to build it again."""
+    write_weights(run_dir / "weights.safetensors", student.backbone.state_dict())
+    backbone = student.backbone
+    card = {
+        "architecture": student.config.name,
+        "num_classes": getattr(backbone, "num_classes", 0),
+        "num_features": getattr(backbone, "num_features", None),
+        "model_args": student.config.options,
+        "pretrained_cfg": {"mean": list(student.config.mean), "std": list(student.config.std)},
+        "student": student.config.model_dump(mode="json"),
+    }
+    write_json(run_dir / "config.json", card)
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Tensors to one safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    write_atomic(path, save({name: value.detach().cpu().contiguous() for name, value in state.items()}))

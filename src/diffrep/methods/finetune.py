@@ -1,0 +1,128 @@
+"""Fine-tuning for classification: a student, from scratch or from a distilled run, learns from labelled images.
+
+Source: official `classification_distill/baseline` configs (cross-entropy, a new linear head on the pooled vector,
+nothing frozen). Deviation: loading is strict; what is missing or does not fit is an error, not a printed line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffrep import losses
+from diffrep.data.batch import Batch
+from diffrep.errors import UserError
+from diffrep.files import read_json
+from diffrep.methods.base import Method, MethodConfig, save_student
+from diffrep.models.students import Student, StudentConfig
+from diffrep.randomness import Rows
+
+
+class FinetuneConfig(MethodConfig):
+    """Stage 2. Without ``init`` it is the from-scratch baseline."""
+
+    kind: Literal["finetune"] = "finetune"
+    student: StudentConfig
+    init: str | None = None  # a finished run whose weights the backbone starts from
+    head_first: float = Field(0.0, ge=0, lt=1)  # share of the steps in which only the head learns
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    def label_readers(self) -> tuple[str, ...]:
+        return ("student",)
+
+
+class Finetune(Method):
+    """Cross-entropy on labelled images."""
+
+    def __init__(self, config: FinetuneConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.student = Student(config.student, num_classes)
+        self.uses_all_parameters = config.head_first == 0
+        self.loaded = load_backbone(self.student, Path(config.init)) if config.init else None
+        if self.loaded:
+            self.licence = read_json(Path(str(config.init)) / "result.json").get("licence", Method.licence)
+
+    def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
+        assert batch.labels is not None  # refused by the recipe
+        known = batch.labels >= 0
+        if progress < self.config.head_first:
+            logits = self.student.backbone.get_classifier()(self._frozen_vector(batch.images))
+        else:
+            logits = self.student(batch.images)
+        each = F.cross_entropy(
+            logits, batch.labels.clamp(min=0), reduction="none", label_smoothing=self.config.label_smoothing
+        )
+        correct = (logits.detach().argmax(1) == batch.labels).float()
+        return {"loss": losses.mean_over(each, known), "train_top1": losses.mean_over(correct, known)}
+
+    @torch.no_grad()
+    def _frozen_vector(self, images: Tensor) -> Tensor:
+        """The pooled vector with batch statistics left alone, as a linear probe sees it."""
+        was_training = self.student.training
+        vector = self.student.eval().pooled(images)
+        self.student.train(was_training)
+        return vector
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        head = {id(p) for p in self.student.backbone.get_classifier().parameters()}
+        parameters = list(self.student.parameters())
+        return {
+            "student": [p for p in parameters if id(p) not in head],
+            "head": [p for p in parameters if id(p) in head],
+        }
+
+    def dry_step(self, images: Tensor) -> None:
+        self.student(images).sum().backward()
+
+    def export(self, run_dir: Path) -> dict[str, Any]:
+        save_student(run_dir, self.student)
+        return {"init": self.config.init, "loaded": self.loaded}
+
+
+def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
+    """Start ``student`` from a finished run's backbone; only the classifier may differ.
+
+    Returns:
+        {"matched": tensors taken over, "new": tensors of the fresh classifier}.
+
+    Raises:
+        UserError: the run has no student, or a tensor is missing, left over or of another shape.
+    """
+    if not (run_dir / "result.json").exists():
+        raise UserError(f"method.init: {run_dir} is no finished run (no result.json)")
+    state = read_weights(run_dir / "weights.safetensors")
+    classifier = _classifier_prefix(student.backbone)
+    own = {k: v for k, v in student.backbone.state_dict().items() if not k.startswith(classifier)}
+    given = {k: v for k, v in state.items() if not k.startswith(classifier)}
+    wrong = sorted(own.keys() ^ given.keys()) + [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
+    if wrong:
+        raise UserError(
+            f"method.init: {run_dir} does not fit {student.config.name}: {len(wrong)} tensors differ, first '{wrong[0]}'"
+        )
+    student.backbone.load_state_dict(given, strict=False)
+    return {"matched": len(own), "new": len(student.backbone.state_dict()) - len(own)}
+
+
+def _classifier_prefix(backbone: nn.Module) -> str:
+    classifier = backbone.get_classifier()
+    return next((f"{n}." for n, m in backbone.named_modules() if m is classifier and n), "\0")
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """A safetensors file; a missing, corrupt or truncated one is named in one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: this run kept no student") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is corrupt or truncated ({error})") from None

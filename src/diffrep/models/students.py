@@ -1,0 +1,197 @@
+"""Students: any timm model, two small networks of ours for 8-pixel digits and ResNet-18 with the stem that CIFAR
+needs, all in timm's own registry.
+
+A student speaks timm's words: ``forward_features`` (the last map), ``forward_head(x, pre_logits=True)`` (the pooled
+vector a classifier would read), ``reset_classifier``. :class:`Student` adds what timm leaves to its caller: it takes
+images in [0, 1] and normalises for itself.
+Letters: B images, C H W as usual, D width of the pooled vector, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from diffrep import _torchvision_compat, taps
+from diffrep.config import Config
+from diffrep.errors import UserError, nearest
+
+
+class StudentConfig(Config):
+    """Which network is trained, and how it sees an image."""
+
+    name: str  # a timm model name, or conv_small, mlp_small, resnet18_cifar of ours
+    options: dict[str, Any] = {}  # passed to timm.create_model, e.g. {"in_chans": 1}
+    tap: str | None = None  # dotted module whose map is distilled; None = the last map
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # subtracted from images in [0, 1], per channel
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)  # then divided by, per channel
+
+    @field_validator("options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        reserved = {"num_classes", "pretrained", "checkpoint_path"} & options.keys()
+        if reserved:
+            raise ValueError(f"{', '.join(sorted(reserved))} is set by the run, not by options")
+        return options
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, ...]) -> tuple[float, ...]:
+        if any(s <= 0 for s in std):
+            raise ValueError("must be above 0")
+        return std
+
+
+class Student(nn.Module):
+    """A timm model behind one door: images (B, 3, H, W) in [0, 1]. The backbone alone is what gets saved."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: StudentConfig, num_classes: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = create(config.name, num_classes, **config.options)
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / self.std
+        return x.mean(1, keepdim=True) if self.config.options.get("in_chans") == 1 else x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """-> logits (B, K)."""
+        return self.backbone(self.normalise(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """-> (B, D), what a linear classifier reads."""
+        features = self.backbone.forward_features(self.normalise(images))
+        return self.backbone.forward_head(features, pre_logits=True)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """-> (B, C, h, w) at the configured tap; tokens (B, N, C) become a square map without prefix tokens."""
+        x = self.normalise(images)
+        if self.config.tap is None:
+            return self._as_map(self.backbone.forward_features(x))
+        point = taps.Tap(self.config.tap, (), None)
+        features = taps.read(self.backbone, lambda: self.backbone.forward_features(x), [point])
+        if self.config.tap not in features:
+            raise UserError(f"student.tap '{self.config.tap}' is not reached by {self.config.name}'s features")
+        return self._as_map(features[self.config.tap])
+
+    def _as_map(self, feature: Tensor) -> Tensor:
+        if feature.dim() == 3:
+            tokens = feature[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+            side = round(tokens.shape[1] ** 0.5)
+            feature = tokens.transpose(1, 2).unflatten(2, (side, -1))  # (B, C, h, w)
+        if feature.dim() != 4:
+            raise UserError(f"student {self.config.name}: its tap gives shape {tuple(feature.shape)}, not a map")
+        return feature
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """A timm model without pretrained weights.
+
+    Raises:
+        UserError: timm has no such model, or it does not take these options.
+    """
+    _torchvision_compat.install()
+    import timm
+
+    _register()
+    if not timm.is_model(name):
+        raise UserError(f"student '{name}' is no timm model; {nearest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"student '{name}' does not take options {options}: {error}") from None
+
+
+class ConvSmall(nn.Module):
+    """Three 3x3 convolutions (32, 64 at half size, 64), each with batch norm; 55,904 parameters for grey images."""
+
+    def __init__(self, num_classes: int = 0, in_chans: int = 3, pool: int = 2) -> None:
+        super().__init__()
+        self.stem = _conv(in_chans, 32, stride=1)
+        self.layer1 = _conv(32, 64, stride=2)
+        self.layer2 = _conv(64, 64, stride=1)
+        self.pool, self.num_features = pool, 64 * pool * pool
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.layer2(self.layer1(self.stem(x)))  # (B, 64, H/2, W/2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, self.pool).flatten(1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class MLPSmall(ConvSmall):
+    """Two hidden layers of 256 with batch norm, the last one read as 64 channels on a 2x2 grid; no idea of space.
+
+    83,456 parameters for grey 8x8 images.
+    """
+
+    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int = 8) -> None:
+        nn.Module.__init__(self)
+        self.layer1 = _linear(in_chans * img_size * img_size, 256)
+        self.layer2 = _linear(256, 256)
+        self.pool, self.num_features = 2, 256
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.layer2(self.layer1(x.flatten(1))).unflatten(1, (64, 2, 2))  # (B, 64, 2, 2)
+
+
+def _conv(width_in: int, width_out: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width_out), nn.ReLU())
+
+
+def _linear(width_in: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU())
+
+
+def _register() -> None:
+    """Put our students beside timm's; done at the first use, because importing timm takes two seconds."""
+    from timm.models import is_model, register_model
+
+    if is_model("conv_small"):
+        return
+
+    def conv_small(pretrained: bool = False, **options: Any) -> nn.Module:
+        return ConvSmall(**_without_timm_extras(options))
+
+    def mlp_small(pretrained: bool = False, **options: Any) -> nn.Module:
+        return MLPSmall(**_without_timm_extras(options))
+
+    def resnet18_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+        from timm.models.resnet import resnet18
+
+        network = resnet18(**_without_timm_extras(options))
+        width_in = network.conv1.in_channels
+        network.conv1 = nn.Conv2d(width_in, 64, 3, padding=1, bias=False)  # timm's own is 7x7 with stride 2
+        network.maxpool = nn.Identity()
+        return network
+
+    for entry in (conv_small, mlp_small, resnet18_cifar):
+        entry.__module__ = __name__
+        register_model(entry)
+
+
+def _without_timm_extras(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}

@@ -1,0 +1,294 @@
+"""A recipe is a value: data, method, optimiser, training, evaluation, and the published number it aims at.
+
+Three spellings of one thing: a Python function in this room, a YAML or JSON file of the user's, and ``a.b=value``
+overrides. All three pass through :func:`load`, before any data, weights or network is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from diffrep.config import Config, validate
+from diffrep.data.datasets import DataConfig
+from diffrep.errors import UserError, nearest
+from diffrep.evaluation.classify import EvaluateConfig
+from diffrep.evaluation.sweep import SweepConfig
+from diffrep.files import short_hash
+from diffrep.frozen.features import FeatureConfig
+from diffrep.methods.denoiser import DenoiserConfig
+from diffrep.methods.finetune import FinetuneConfig
+from diffrep.methods.repfusion import RepFusionConfig
+from diffrep.training.optim import OptimConfig
+from diffrep.training.trainer import TrainConfig
+
+FORMAT = 1  # of recipe files; a file of another format is refused
+NAME = r"^[a-z][a-z0-9_]{0,79}$"
+
+MethodConfig = Annotated[RepFusionConfig | FinetuneConfig | DenoiserConfig, Field(discriminator="kind")]
+
+
+class Published(Config):
+    """A number in a paper, with its source; ``value`` None means looked for and not found."""
+
+    value: float | None
+    metric: str  # e.g. "top-1 %, CIFAR-10 test"
+    source: str  # paper, table, row; or where it was looked for
+
+
+class Ours(Config):
+    """A number this recipe gave, with the command and seeds that made it."""
+
+    value: float
+    spread: float  # standard deviation over the seeds
+    seeds: int
+    metric: str
+    command: str
+
+
+class Task(Config):
+    """What all stages share."""
+
+    format: int = FORMAT
+    name: str = Field(pattern=NAME)  # <road>_<data>_<student>
+    about: str = ""  # one sentence for `diffrep recipes`
+    seed: int = Field(0, ge=0)  # of everything that is drawn
+
+    @field_validator("format")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"the recipe is of format {value}; this diffrep reads format {FORMAT}")
+        return value
+
+
+class Recipe(Task):
+    """One training run, complete."""
+
+    kind: Literal["recipe"] = "recipe"
+    data: DataConfig
+    method: MethodConfig
+    optim: OptimConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    published: Published | None = None
+    ours: Ours | None = None
+    assumed: tuple[str, ...] = ()  # settings that the source does not state
+    needs: tuple[str, ...] = ()  # "weights: ..." or "data: ..." that do not come with the package
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        labels, counts = self.data.labels, self.evaluate.probe_labels
+        if labels and isinstance(self.method, RepFusionConfig) and self.method.timestep.select == "policy":
+            few = [n for n in counts if n < labels]
+            if few:
+                raise ValueError(
+                    f"evaluate.probe_labels {few[0]} is below data.labels {labels}: the policy saw more labels than the probe"
+                )
+        if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
+            raise ValueError(
+                "method.features replays a list of timesteps; timestep.select 'range' needs the teacher itself"
+            )
+        return self
+
+
+class FeatureTask(Task):
+    """Write a teacher's features to a folder (`diffrep features`)."""
+
+    kind: Literal["features"] = "features"
+    teacher: str
+    data: DataConfig
+    split: Literal["train", "validation", "test"] = "train"
+    features: FeatureConfig
+
+
+class SweepTask(Task):
+    """Probe a teacher at many taps and timesteps (`diffrep probe`)."""
+
+    kind: Literal["probe"] = "probe"
+    teacher: str
+    data: DataConfig
+    sweep: SweepConfig
+
+
+Stage = Annotated[Recipe | FeatureTask | SweepTask, Field(discriminator="kind")]
+
+
+class Study(Task):
+    """A recipe of recipes: named stages that refer to each other's outputs as ``stage:NAME``."""
+
+    kind: Literal["study"] = "study"
+    seeds: tuple[int, ...] = Field((0,), min_length=1)  # every stage runs once per seed
+    stages: dict[str, Stage] = Field(min_length=1)  # in order: a stage refers to earlier ones only
+    arms: dict[str, str] = {}  # what the stages compared in the table are called there, in order
+    headline: str | None = None  # the score the table is about
+    next_commands: tuple[str, ...] = ()  # what a reader may try next
+
+    @model_validator(mode="after")
+    def _fits(self) -> Study:
+        earlier: set[str] = set()
+        for name, stage in self.stages.items():
+            for needed in references(stage):
+                if needed not in earlier:
+                    raise ValueError(
+                        f"stage '{name}' refers to 'stage:{needed}'; earlier stages: {', '.join(sorted(earlier)) or 'none'}"
+                    )
+            earlier.add(name)
+        unknown = [arm for arm in self.arms if arm not in earlier]
+        if unknown:
+            raise ValueError(f"arms names '{unknown[0]}', which is no stage; {nearest(unknown[0], earlier)}")
+        return self
+
+
+STAGE = "stage:"
+
+
+def references(stage: Task) -> list[str]:
+    """The stages that ``stage`` takes something from, each once."""
+    found = [text.split(STAGE, 1)[1] for text in _strings(stage.model_dump(mode="json")) if _refers(text)]
+    return list(dict.fromkeys(found))
+
+
+def _refers(text: str) -> bool:
+    return text.removeprefix("random:").startswith(STAGE)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def replace_strings(value: Any, change: dict[str, str]) -> Any:
+    """``value`` (plain JSON) with each ``stage:NAME`` of ``change`` replaced, also behind ``random:``."""
+    if isinstance(value, str):
+        head, mark, name = value.rpartition(STAGE)
+        return head + change[mark + name] if mark and mark + name in change and head in ("", "random:") else value
+    if isinstance(value, Mapping):
+        return {k: replace_strings(v, change) for k, v in value.items()}
+    return [replace_strings(v, change) for v in value] if isinstance(value, list) else value
+
+
+def recipe_hash(task: Task) -> str:
+    """Eight hex digits over everything that can change a result: not the seed, the name or what is said about it."""
+    silent = {"name", "about", "seed", "published", "ours", "assumed", "needs", "next_commands", "seeds"}
+    return short_hash({k: v for k, v in task.model_dump(mode="json").items() if k not in silent})
+
+
+def to_yaml(task: Task) -> str:
+    """The resolved recipe, ready to be edited; loading it gives an equal value."""
+    return yaml.safe_dump(task.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False) -> Recipe | Study:
+    """A recipe or study from a shipped name or a YAML / JSON file, with ``a.b=value`` overrides (``STAGE.a.b=`` in a study).
+
+    Raises:
+        UserError: unknown name, unreadable file, unknown key, wrong value, foreign code without ``allow_code``.
+    """
+    values, origin = _from_file(Path(reference)) if _is_file(reference) else (_shipped(reference), reference)
+    for override in overrides:
+        values = _with(values, override)
+    kind = values.get("kind", "recipe")
+    if kind not in ("recipe", "study"):
+        raise UserError(f"{origin}: kind = {kind!r}: valid: recipe, study")
+    task = validate(Study if kind == "study" else Recipe, values, origin)
+    foreign = [text for text in _strings(task.model_dump(mode="json")) if text.startswith("python:")]
+    if foreign and not allow_code:
+        raise UserError(f"{origin}: '{foreign[0]}' runs foreign code; if you trust it, say --allow-code")
+    return task
+
+
+def _is_file(reference: str) -> bool:
+    return reference.endswith((".yaml", ".yml", ".json"))
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    from diffrep.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise UserError(f"no recipe '{name}'; {nearest(name, RECIPES)} (a recipe of yours ends in .yaml or .json)")
+    return RECIPES[name]().model_dump(mode="json")
+
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def _from_file(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes; that is no recipe")
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {path} is not UTF-8 text") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} is a {type(values).__name__}, not a mapping of keys to values")
+    return _inherit(values, path), str(path)
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"recipe {origin} uses YAML aliases (*name); write the value out, or use base:")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"recipe {origin} is not YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"recipe {origin} is not a recipe: {type(error).__name__}") from None
+
+
+def _inherit(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base!r}: is the name of a recipe, or a file")
+    under = _from_file(path.parent / base)[0] if _is_file(base) else _shipped(base)
+    return merged(under, {"name": path.stem.lower().replace("-", "_"), **values})
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, key by key; a part of another kind replaces the whole part."""
+    if "kind" in over and over["kind"] != under.get("kind"):
+        return over
+    joined = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(joined.get(key), dict)
+        joined[key] = merged(joined[key], value) if both else value
+    return joined
+
+
+def _with(values: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override}: write it as a.b=value")
+    if values.get("kind") == "study" and parts[0] in values.get("stages", {}):
+        parts = ["stages", *parts]
+    changed: Any = _parse(text, f"--set {override}")
+    for part in reversed(parts):
+        changed = {part: changed}
+    return _laid(values, changed, override)
+
+
+def _laid(values: Any, changed: dict[str, Any], override: str) -> dict[str, Any]:
+    """``changed`` (a chain of single keys) laid on ``values``; only a mapping can be reached into."""
+    if not isinstance(values, dict):
+        raise UserError(f"--set {override}: there is nothing below {values!r}")
+    (key, value), joined = next(iter(changed.items())), dict(values)
+    deeper = isinstance(value, dict) and isinstance(joined.get(key), dict)
+    joined[key] = _laid(joined[key], value, override) if deeper and value else value
+    return joined

@@ -1,0 +1,88 @@
+"""RepFusion: distil a diffusion model's features into a student (stage 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffrep.data.datasets import DataConfig
+from diffrep.evaluation.classify import EvaluateConfig
+from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
+from diffrep.models.students import StudentConfig
+from diffrep.recipes.base import Published, Recipe
+from diffrep.training.optim import LrScheduleConfig, OptimConfig
+from diffrep.training.trainer import TrainConfig
+
+DIGITS_TIMESTEPS = (0, 25, 50, 100, 200, 300, 400, 600, 800, 950)
+CONV = StudentConfig(name="conv_small", options={"in_chans": 1})
+MLP = StudentConfig(name="mlp_small", options={"in_chans": 1, "img_size": 8})
+GREY_HINT: dict[str, Any] = {"tap": "up_blocks.1", "hint_grid": 2, "standardise": "joint"}
+
+
+def repfusion_digits_conv() -> Recipe:
+    """A small CNN learns from a diffusion model of digits; the policy sees 50 labels."""
+    return Recipe(
+        name="repfusion_digits_conv",
+        about="A diffusion model of 8x8 digits teaches a 56 k-parameter CNN; the policy sees 50 labels.",
+        data=DataConfig(source="digits", augment="shift:1", labels=50, labelled_share=0.5),
+        method=RepFusionConfig(
+            teacher="runs/denoiser_digits",
+            student=CONV,
+            timestep=TimestepConfig(select="policy", values=DIGITS_TIMESTEPS, entropy_until=1.0),
+            **GREY_HINT,
+        ),
+        optim=OptimConfig(lr=2e-3, group_lr={"policy": 1.5}),
+        train=TrainConfig(steps=1200, batch_size=64),
+        evaluate=EvaluateConfig(probe_labels=(50, 100)),
+        needs=("weights: a diffusion model of digits (diffrep run denoiser_digits --out runs/denoiser_digits)",),
+    )
+
+
+def repfusion_cifar10_resnet18() -> Recipe:
+    """The official `cifar10-hint/ddpm-r18_hint`, corrected as methods/repfusion.py lists."""
+    return Recipe(
+        name="repfusion_cifar10_resnet18",
+        about="The published CIFAR-10 setting: DDPM teacher, learned timestep, ResNet-18.",
+        data=DataConfig(source="cifar10:data/cifar10", augment="crop_flip:4"),
+        method=RepFusionConfig(
+            teacher="google/ddpm-cifar10-32",
+            student=StudentConfig(name="resnet18_cifar"),
+            timestep=TimestepConfig(select="policy", values=tuple(range(1000)), policy="conv"),
+        ),
+        optim=OptimConfig(
+            name="sgd",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            lr_schedule=LrScheduleConfig(name="step", milestones=(0.5, 0.75)),
+        ),
+        train=TrainConfig(steps=200 * 351, batch_size=128, ema_decay=0.999),  # 200 epochs of 45,000 images
+        published=Published(
+            value=None,
+            metric="top-1 %, CIFAR-10 test, after fine-tuning",
+            source="ICCV 2023, CIFAR-10 table: not found in public text",
+        ),
+        assumed=("10 % of the training images are held out for selection",),
+        needs=(
+            "weights: google/ddpm-cifar10-32 from the Hub",
+            "data: CIFAR-10 in data/cifar10 (diffrep data prepare cifar10 ARCHIVE data/cifar10)",
+        ),
+    )
+
+
+def repfusion_debug() -> Recipe:
+    """Two steps with the untrained twin of a run of `denoiser_debug`."""
+    base = repfusion_digits_conv()
+    assert isinstance(base.method, RepFusionConfig)
+    method = base.method.model_copy(update={"teacher": "random:runs/denoiser_debug"})
+    return base.model_copy(
+        update={
+            "name": "repfusion_debug",
+            "about": "Two steps of policy and student with an untrained teacher.",
+            "method": method,
+            "train": TrainConfig(steps=2, batch_size=8, log_every=1, checkpoint_every=1),
+            "needs": ("weights: diffrep run denoiser_debug --out runs/denoiser_debug",),
+        }
+    )
+
+
+RECIPES = (repfusion_digits_conv, repfusion_cifar10_resnet18, repfusion_debug)

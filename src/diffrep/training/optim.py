@@ -1,0 +1,123 @@
+"""Optimisers and learning-rate schedules. A rate is a pure function of the step, so nothing of it needs saving."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from diffrep.config import Config
+from diffrep.errors import UserError, nearest
+
+
+class LrScheduleConfig(Config):
+    """The factor on the rate: warm-up, an optional constant stretch, then the decay."""
+
+    name: Literal["constant", "cosine", "step", "polynomial"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)  # linear from 0
+    hold: float = Field(0.0, ge=0, lt=1)  # share of the run before cosine or polynomial decay begins
+    final: float = Field(0.0, ge=0, le=1)  # factor at the end of cosine or polynomial
+    milestones: tuple[float, ...] = ()  # shares of the run at which `step` multiplies by gamma
+    gamma: float = Field(0.1, gt=0, le=1)
+    power: float = Field(0.9, gt=0)  # of polynomial
+
+    @model_validator(mode="after")
+    def _fits(self) -> LrScheduleConfig:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("lr_schedule 'step' needs milestones, as shares of the run in (0, 1)")
+        if any(not 0 < m < 1 for m in self.milestones):
+            raise ValueError("milestones are shares of the run in (0, 1)")
+        return self
+
+
+class OptimConfig(Config):
+    """One optimiser for all parts of a method; parts may have rates of their own."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float | None = Field(None, gt=0)  # the rate used
+    base_lr: float | None = Field(None, gt=0)  # rate per 256 images: lr = base_lr x batch_size / 256
+    group_lr: dict[str, float] = {}  # factor on the rate by part, e.g. {"policy": 1.5}
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd
+    nesterov: bool = False  # sgd
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimConfig:
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError("give either lr or base_lr")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are in [0, 1)")
+        if any(factor < 0 for factor in self.group_lr.values()):
+            raise ValueError("group_lr holds factors of 0 or more")
+        return self
+
+    def rate(self, batch_size: int) -> float:
+        return self.lr if self.lr is not None else float(self.base_lr or 0) * batch_size / 256
+
+
+def optimiser(config: OptimConfig, groups: dict[str, list[nn.Parameter]], batch_size: int) -> torch.optim.Optimizer:
+    """Each group keeps its peak rate under ``peak_lr``.
+
+    Raises:
+        UserError: ``group_lr`` names a part the method does not have.
+    """
+    unknown = [name for name in config.group_lr if name not in groups]
+    if unknown:
+        raise UserError(f"optim.group_lr: the method has no part '{unknown[0]}'; {nearest(unknown[0], groups)}")
+    rate = config.rate(batch_size)
+    parts = [
+        {"params": params, "lr": 0.0, "peak_lr": rate * config.group_lr.get(name, 1.0), "name": name}
+        for name, params in groups.items()
+        if params
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parts, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+        )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(parts, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: LrScheduleConfig, step: int, steps: int) -> float:
+    """The factor on the peak rate at ``step`` of ``steps`` (both counted from 0), in [0, 1]."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.name == "constant":
+        return 1.0
+    if config.name == "step":
+        return config.gamma ** sum(step >= m * steps for m in config.milestones)
+    decayed = max(0.0, (progress - config.hold) / (1 - config.hold))
+    curve = (1 + math.cos(math.pi * decayed)) / 2 if config.name == "cosine" else (1 - decayed) ** config.power
+    return config.final + (1 - config.final) * curve
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+class Ema:
+    """A running mean of what is trained, with a warm start: decay = min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, method: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.mean = {n: p.detach().clone() for n, p in method.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, method: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(method.named_parameters())
+        means = list(self.mean.values())
+        torch._foreach_lerp_(means, [parameters[n].detach() for n in self.mean], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, method: nn.Module) -> None:
+        for name, parameter in method.named_parameters():
+            if name in self.mean:
+                parameter.copy_(self.mean[name])

@@ -1,0 +1,110 @@
+"""The run folder: everything a run says of itself. Reports read these files and nothing else.
+
+``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, the exported weights, and
+``result.json`` written last: its existence means finished.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrep.errors import UserError
+from diffrep.files import disk_errors, read_json, write_atomic, write_json
+
+RESULT, RECIPE, METRICS, ENVIRONMENT = "result.json", "recipe.yaml", "metrics.jsonl", "environment.json"
+
+
+class RunDir:
+    """One execution's folder. Only the main process writes."""
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run recorded, else None."""
+        return read_json(self.path / RESULT) if (self.path / RESULT).exists() else None
+
+    def begin(self, recipe_yaml: str) -> None:
+        """Record what will run.
+
+        Raises:
+            UserError: the folder belongs to another recipe.
+        """
+        found = self.path / RECIPE
+        if found.exists() and found.read_text(encoding="utf-8") != recipe_yaml:
+            raise UserError(f"{self.path} belongs to another recipe (see its {RECIPE}); choose another --out")
+        if not found.exists() and self.path.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
+        if self.writes:
+            write_json(self.path / ENVIRONMENT, environment())
+            write_atomic(found, recipe_yaml)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged lines; a line cut off by a kill is dropped."""
+        file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [entry for line in lines if (entry := _parsed(line)) is not None]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that a resumed run starts from."""
+        if self.writes and (self.path / METRICS).exists():
+            kept = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
+            write_atomic(self.path / METRICS, "".join(kept))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self.writes:
+            with disk_errors(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.writes:
+            write_json(self.path / RESULT, result)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware: what a reader needs to tell two machines' numbers apart."""
+    from importlib.metadata import version
+
+    packages = ("diffrep", "torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
+    cuda = torch.cuda.is_available()
+    return {
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _commit() -> str | None:
+    """The commit of diffrep's own checkout; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

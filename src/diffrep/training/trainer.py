@@ -1,0 +1,162 @@
+"""The one training loop. It never knows a concrete method: it calls one, steps, logs, saves, and can stop anywhere.
+
+Every draw is a function of (seed, purpose, step), so an interrupted run continues to the same bits, and the result
+does not depend on how the global batch is split over processes and micro-batches (to rounding, for losses per image).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffrep.config import Config
+from diffrep.data.feed import Feed
+from diffrep.errors import Interrupted, RunError, UserError
+from diffrep.methods.base import Method
+from diffrep.randomness import Rows, seeded, stream
+from diffrep.training import checkpoint
+from diffrep.training.devices import accelerator, worst_of
+from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
+from diffrep.training.run import RunDir
+
+
+class TrainConfig(Config):
+    """How long, how much at once, how exact, and what is kept."""
+
+    steps: int = Field(ge=0)  # optimiser updates; 0 keeps the initialisation
+    batch_size: int = Field(64, ge=1)  # images per update over all devices
+    micro_batch_size: int | None = Field(None, ge=1)  # images per device and forward; None: all of a device's share
+    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; fp16 needs a GPU
+    clip_norm: float | None = Field(None, gt=0)  # of the gradient of all parts together
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # per step, of the trained part; the export then is the mean
+    log_every: int = Field(50, ge=1)  # steps
+    checkpoint_every: int = Field(500, ge=1)  # steps
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
+
+
+class Trainer:
+    """Runs ``config.steps`` updates of ``method`` on ``feed``, from the last checkpoint in ``run`` if there is one."""
+
+    def __init__(
+        self, method: Method, feed: Feed, optim: OptimConfig, config: TrainConfig, seed: int, run: RunDir
+    ) -> None:
+        self.accelerator = accelerator(config.precision, config.track, run.path, method.uses_all_parameters)
+        processes = self.accelerator.num_processes
+        if config.batch_size % processes:
+            raise UserError(f"train.batch_size {config.batch_size} cannot be split over {processes} processes")
+        self.rank, self.rows = (
+            self.accelerator.process_index,
+            range(self.accelerator.process_index, config.batch_size, processes),
+        )
+        self.method, self.feed, self.config, self.optim, self.seed, self.run = method, feed, config, optim, seed, run
+        self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size)
+        self.wrapped, self.stepper = self.accelerator.prepare(method, self.optimizer)
+        self.ema = Ema(method, config.ema_decay) if config.ema_decay else None
+        self.seconds, self.pending = 0.0, []
+
+    def fit(
+        self, stop: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda d, t: None
+    ) -> dict[str, Any]:
+        """Train to the end; returns steps, images seen and CPU seconds.
+
+        Raises:
+            Interrupted: ``stop()`` said so; a checkpoint was written first.
+            RunError: a loss was not finite: step, term and last good checkpoint are named.
+        """
+        step, steps = self.resume(), self.config.steps
+        self.method.train()
+        began = time.process_time() - self.seconds
+        while step < steps:
+            self.step(step)
+            step += 1
+            self.seconds = time.process_time() - began
+            stopping = stop() and step < steps
+            if step % self.config.log_every == 0 or step == steps or stopping:
+                self.log(step)
+            if step % self.config.checkpoint_every == 0 or step == steps or stopping:
+                self.save(step)
+            progress(step, steps)
+            if stopping:
+                raise Interrupted(f"stopped at step {step} of {steps}, saved; the same command goes on from there")
+        if self.ema:
+            self.ema.copy_to(self.method)
+        self.accelerator.end_training()
+        return {"steps": steps, "images_seen": steps * self.config.batch_size, "cpu_seconds": round(self.seconds, 2)}
+
+    def step(self, step: int) -> None:
+        """One update: the global batch in micro-batches, then the optimiser."""
+        set_rates(self.optimizer, lr_factor(self.optim.lr_schedule, step, self.config.steps))
+        micro = self.config.micro_batch_size or len(self.rows)
+        shares = [self.rows[i : i + micro] for i in range(0, len(self.rows), micro)]
+        sums: dict[str, Tensor] = {}
+        for number, rows in enumerate(shares):
+            batch = self.feed.batch(step, list(rows), self.accelerator.device)
+            rng = Rows(stream(self.seed, "step", step, device=self.accelerator.device), self.config.batch_size, rows)
+            last = number == len(shares) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with seeded(self.seed, "dropout", step, self.rank, number):
+                    parts = self.wrapped(batch, rng, step / self.config.steps)
+                weight = len(rows) / len(self.rows)
+                self.accelerator.backward(parts["loss"] * weight)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() * weight
+        if self.config.clip_norm:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.ema:
+            self.ema.update(self.method, step)
+        self.pending.append(sums)
+
+    def log(self, step: int) -> None:
+        """Write the mean of each part since the last line; the only place that waits for the device."""
+        first = step - len(self.pending)
+        stacked = {name: torch.stack([sums[name] for sums in self.pending]) for name in self.pending[0]}
+        self.pending = []
+        for name, values in stacked.items():
+            self._refuse_non_finite(name, values, first)
+        means = {n: self.accelerator.reduce(v.mean(0), "mean").tolist() for n, v in stacked.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.run.log({"step": step, **means, "lr": lr, "cpu_seconds": round(self.seconds, 3)})
+        if self.config.track:
+            self.accelerator.log({n: v for n, v in means.items() if isinstance(v, float)} | {"lr": lr}, step=step)
+
+    def _refuse_non_finite(self, name: str, values: Tensor, first: int) -> None:
+        bad = ~torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else ~torch.isfinite(values)
+        if bad.any():
+            good = checkpoint.latest(self.run.path / "checkpoints")
+            where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
+            at = first + int(bad.nonzero()[0]) + 1
+            raise RunError(
+                f"{name} is {worst_of(values[bad][0])} at step {at}; {where}; a lower optim.lr or train.clip_norm may help"
+            )
+
+    def save(self, step: int) -> None:
+        if self.pending:
+            self.log(step)  # so that no checkpoint is written after a loss that was not finite
+        if self.run.writes:
+            note = {
+                "cpu_seconds": self.seconds,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            checkpoint.save(self.run.path / "checkpoints", step, self.method, self.optimizer, self.ema, note)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """The step to start from."""
+        found = checkpoint.latest(self.run.path / "checkpoints")
+        if found is None:
+            self.run.forget_after(0)
+            return 0
+        note = checkpoint.load(found, self.method, self.optimizer, self.ema)
+        if note["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(note["scaler"])
+        self.seconds = note["cpu_seconds"]
+        self.run.forget_after(note["step"])
+        return note["step"]
