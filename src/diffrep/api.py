@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.assemble import estimate, train
+from diffrep.config import validate
 from diffrep.console import progress
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
+from diffrep.errors import UserError
+from diffrep.files import short_hash
+from diffrep.frozen.diffusion import load_teacher
 from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, load, recipe_hash, to_yaml
-from diffrep.stages import run_task
+from diffrep.stages import default_device, run_task
 from diffrep.studies import check_jobs, run_study
 
-__all__ = ["default_run_dir", "dry_run", "features", "load_teacher", "probe", "run", "show"]
+__all__ = ["dry_run", "evaluate", "features", "load_teacher", "probe", "recipes", "report", "run", "show"]
 
 
 def run(
@@ -36,8 +40,8 @@ def run(
         recipe: a shipped name, a YAML or JSON file, or the value itself.
         overrides: ``a.b=value``; in a study ``STAGE.a.b=value``.
         out: the run folder; default ``runs/NAME-sSEED-HASH8``.
+        seeds, jobs, record: of a study (see studies.py).
         threads: of one training process; one is the default because more change rounding and collide.
-        record: a study's folder of evidence (see studies.py).
         say: called with lines for the user.
 
     Raises:
@@ -47,11 +51,56 @@ def run(
     if isinstance(task, Study):
         task = task.model_copy(update={"seeds": tuple(seeds)}) if seeds else task
         folder = Path(out) if out else default_run_dir(task)
-        return run_study(task, folder, check_jobs(jobs), Path(record) if record else None, allow_code, say)
+        result = run_study(task, folder, check_jobs(jobs), Path(record) if record else None, allow_code, say)
+        return result | _study_words(task, result) | {"report": str(report([folder], folder / "report.html"))}
+    if seeds or jobs or record:
+        raise UserError(f"{task.name} is one run; --seeds, --jobs and --record are for studies (one run: --set seed=1)")
     folder = Path(out) if out else default_run_dir(task)
     _set_threads(threads)
-    with wish_to_stop() as stop, progress(task.name) as report:
-        return train(task, folder, stop, report, allow_code)
+    with wish_to_stop() as stop, progress(task.name) as told:
+        result = train(task, folder, stop, told, allow_code)
+    return result | {"run_dir": str(folder)} if result else result
+
+
+def _study_words(task: Study, result: dict[str, Any]) -> dict[str, Any]:
+    """The table a terminal shows: each arm's mean and standard deviation over the seeds."""
+    names = [task.headline] if task.headline else []
+    names += ["top1"] if any("top1" in s for by_seed in result["arms"].values() for s in by_seed.values()) else []
+    rows = [(task.arms[arm], [_mean(by_seed, name) for name in names]) for arm, by_seed in result["arms"].items()]
+    return {"columns": names, "table": rows, "next_commands": list(task.next_commands)}
+
+
+def _mean(by_seed: dict[str, dict[str, float]], name: str) -> str:
+    values = [s[name] for s in by_seed.values() if name in s]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def recipes() -> list[dict[str, Any]]:
+    """The ledger: each shipped recipe with its published number, ours, and whether it can run as it is."""
+    from diffrep.recipes import RECIPES
+
+    return [_ledger_row(make()) for make in RECIPES.values()]
+
+
+def _ledger_row(task: Recipe | Study) -> dict[str, Any]:
+    published, ours = getattr(task, "published", None), getattr(task, "ours", None)
+    needs = getattr(task, "needs", ())
+    wanting = sorted({need.partition(":")[0] for need in needs})
+    notes = [f"needs {need}" for need in needs] + [f"assumed: {a}" for a in getattr(task, "assumed", ())]
+    notes += [f"published: {published.source}"] if published else []
+    notes += [f"ours: {ours.command}"] if ours else []
+    return {
+        "name": task.name,
+        "kind": task.method.kind if isinstance(task, Recipe) else "study",
+        "about": task.about,
+        "status": "run" if not wanting else " and ".join(f"needs {w}" for w in wanting),
+        "published": "-" if published is None else "not found" if published.value is None else f"{published.value}",
+        "ours": f"{ours.value} ± {ours.spread} ({ours.seeds} seeds)" if ours else "-",
+        "notes": notes,
+    }
 
 
 def show(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False) -> str:
@@ -70,25 +119,76 @@ def dry_run(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False
 def _stage_cost(stage: Any, allow_code: bool) -> dict[str, Any]:
     if stage.kind == "recipe" and "stage:" not in to_yaml(stage):
         return estimate(stage, allow_code)
-    steps = stage.train.steps * stage.train.batch_size if stage.kind == "recipe" else None
-    return {"images": steps, "note": "its cost is known once the stages before it have run"}
+    images = stage.train.steps * stage.train.batch_size if stage.kind == "recipe" else None
+    return {"images": images, "note": "known once the stages before it have run"}
 
 
-def features(task: FeatureTask, out: str | Path, allow_code: bool = False) -> dict[str, Any]:
-    """Write a teacher's features to ``out``; see :mod:`diffrep.frozen.features`."""
-    with progress("features") as report:
-        return run_task(task, Path(out), progress=report, allow_code=allow_code)
+def features(
+    teacher: str,
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    out: str | Path,
+    split: str = "train",
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Write a teacher's features to ``out``.
+
+    Args:
+        data: the fields of a ``DataConfig``; every view of its ``augment`` is written.
+        settings: the fields of a ``FeatureConfig``: taps, timesteps, pool, dtype, noise.
+    """
+    values = {"name": "features", "teacher": teacher, "data": data, "split": split, "features": settings}
+    task = validate(FeatureTask, values, "features")
+    with progress("features") as told:
+        return run_task(task, Path(out), progress=told, allow_code=allow_code)
 
 
-def probe(task: SweepTask, out: str | Path, allow_code: bool = False) -> dict[str, Any]:
-    """Probe a teacher at taps and timesteps; the rows are in the result."""
-    with progress("probe") as report:
-        return run_task(task, Path(out), progress=report, allow_code=allow_code)
+def probe(
+    teacher: str, data: str, settings: dict[str, Any], out: str | Path, allow_code: bool = False
+) -> dict[str, Any]:
+    """Probe a teacher at taps and timesteps; ``settings`` are the fields of a ``SweepConfig``, the rows in ``rows``."""
+    values = {"name": "probe", "teacher": teacher, "data": {"source": data}, "sweep": settings}
+    task = validate(SweepTask, values, "probe")
+    with progress("probe") as told:
+        return run_task(task, Path(out), progress=told, allow_code=allow_code)
+
+
+def evaluate(
+    model: str,
+    data: str,
+    labels: Sequence[int] = (),
+    knn: int = 1,
+    seed: int = 0,
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """Score a run folder, a safetensors file beside its ``config.json``, or a timm model without weights.
+
+    Args:
+        labels: label counts for the linear probe and the neighbours; () uses all training labels.
+        seed: which class-balanced draw of labelled images.
+    """
+    from diffrep.data.datasets import DataConfig, load_data
+    from diffrep.evaluation.classify import EvaluateConfig, load_student, student_scores
+
+    values = {"source": data, "image_size": image_size}
+    config = validate(DataConfig, values, "evaluate --data")
+    wanted = validate(EvaluateConfig, {"probe_labels": tuple(labels), "knn": knn}, "evaluate")
+    student = load_student(model)
+    train_split, test_split = load_data(config, "train"), load_data(config, "test")
+    return student_scores(student, train_split, test_split, wanted, seed, default_device())
+
+
+def report(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:
+    """One HTML page about one study or several runs; returns its path."""
+    from diffrep.report.build import write_report
+
+    return write_report([Path(r) for r in runs], Path(out))
 
 
 def default_run_dir(task: Recipe | Study) -> Path:
     """``runs/NAME-sSEED-HASH8``."""
     seed = "_".join(map(str, task.seeds)) if isinstance(task, Study) else str(task.seed)
+    seed = seed if len(seed) < 40 else short_hash(seed)
     return Path("runs") / f"{task.name}-s{seed}-{recipe_hash(task)}"
 
 
@@ -116,8 +216,3 @@ def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
-    """A frozen diffusion model; see :func:`diffrep.frozen.diffusion.load_teacher`."""
-    return load_teacher(reference, allow_code)

@@ -5,7 +5,9 @@ Everything that only loading can show is refused before the run folder is writte
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffrep import counting
+from diffrep.console import Report
 from diffrep.data.datasets import ImageSet, hide_labels, label_subset, load_data
 from diffrep.data.feed import Feed
 from diffrep.errors import UserError
@@ -33,8 +36,6 @@ from diffrep.training.trainer import Trainer
 
 METHODS = {"repfusion": RepFusion, "finetune": Finetune, "denoiser": Denoiser}
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def label_seed(recipe: Recipe) -> int:
 
 def _labels_needed(recipe: Recipe, train: ImageSet) -> None:
     if train.labels is None and recipe.method.needs_labels():
-        raise UserError(
-            f"data.source {recipe.data.source} has no labels, and method '{recipe.method.kind}' with these settings needs them"
-        )
+        readers = ", ".join(recipe.method.label_readers())
+        raise UserError(f"data.source {recipe.data.source} has no labels, but the {readers} of this recipe reads them")
 
 
 def _square(images: ImageSet, recipe: Recipe) -> int:
@@ -97,7 +97,7 @@ def train(
     recipe: Recipe,
     run_dir: Path,
     stop: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda d, t: None,
+    progress: Report = lambda *_: None,
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe in ``run_dir``, or go on where it stopped, or return what it found when it finished before."""
@@ -107,7 +107,7 @@ def train(
     parts = assemble(recipe, allow_code)
     writes = is_main_process()
     run = RunDir(run_dir, writes)
-    with locked(run_dir) if writes else _nothing():
+    with locked(run_dir) if writes else contextlib.nullcontext():
         run.begin(to_yaml(recipe))
         began = time.monotonic()
         trainer = Trainer(parts.method, parts.feed, recipe.optim, recipe.train, recipe.seed, run)
@@ -132,16 +132,8 @@ def _finished(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
     return result
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 def is_main_process() -> bool:
     """Whether this process writes; the others of a torchrun only compute."""
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 

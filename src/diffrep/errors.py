@@ -24,7 +24,7 @@ class RunError(DiffrepError, RuntimeError):
     exit_code = 3
 
 
-class Interrupted(DiffrepError):
+class Interrupted(DiffrepError):  # noqa: N818 - it is no error of anyone
     """Stopped by Ctrl-C or SIGTERM after a checkpoint was written: exit 130."""
 
     exit_code = 130

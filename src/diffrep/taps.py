@@ -25,7 +25,7 @@ class Tap:
     calls: int = 1
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - it is the good end
     """Ends a forward pass as soon as the deepest tap was read."""
 
 

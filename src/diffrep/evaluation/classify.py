@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffrep.config import Config
+from diffrep.config import Config, validate
 from diffrep.data.datasets import ImageSet, label_subset
 from diffrep.errors import UserError
 from diffrep.evaluation import probe
-from diffrep.models.students import Student
+from diffrep.files import read_json
+from diffrep.models.students import Student, StudentConfig
+from diffrep.models.weights import read_weights
 
 
 class EvaluateConfig(Config):
@@ -30,7 +33,7 @@ def student_scores(
 ) -> dict[str, Any]:
     """Percentages by name: ``linear_probe_50``, ``knn_50``, ... and ``top1`` where the student has a classifier.
 
-    The labelled images are the class-balanced draw of ``label_seed``, the same that training with that many labels sees.
+    The labelled images are the class-balanced draw of ``label_seed``: those that training with as many labels sees.
     """
     if train.labels is None or test.labels is None:
         raise UserError(f"evaluate: {train.name} has no labels to score against")
@@ -63,3 +66,30 @@ def outputs(
         pixels = images.gather(index).to(device).to(torch.float32) / 255
         blocks.append(network(pixels).float().cpu())
     return torch.cat(blocks)
+
+
+def load_student(model: str) -> Student:
+    """A student from a run folder, from a weights file beside its ``config.json``, or a timm model without weights.
+
+    Raises:
+        UserError: no such thing, a damaged file, weights that do not fit their config.
+    """
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{model} holds no student (no config.json): is the run finished, and one of a student?")
+    if not path.exists():
+        if path.suffix or "/" in model:
+            raise UserError(f"{model} does not exist")
+        return Student(StudentConfig(name=model))
+    folder, weights = (path, path / "weights.safetensors") if path.is_dir() else (path.parent, path)
+    card = read_json(folder / "config.json")
+    if "student" not in card:
+        raise UserError(f"{folder / 'config.json'} was not written by diffrep (no 'student' in it)")
+    student = Student(validate(StudentConfig, card["student"], str(folder / "config.json")), card["num_classes"])
+    try:
+        student.backbone.load_state_dict(dict(read_weights(weights)))
+    except RuntimeError as error:
+        raise UserError(
+            f"{weights} does not fit {card['architecture']}: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return student

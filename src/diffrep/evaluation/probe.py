@@ -22,7 +22,7 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
-    """Predicted classes (m,) int64 of ``test`` (m, D) after ridge regression on ``train`` (n, D) with ``labels`` (n,)."""
+    """Classes (m,) int64 of ``test`` (m, D) by ridge regression on ``train`` (n, D) with ``labels`` (n,)."""
     centre, goal = train.double().mean(0), F.one_hot(labels, num_classes).double()
     x, offset = train.double() - centre, goal.mean(0)
     values, left = torch.linalg.eigh(x @ x.T)  # kernel form: n labelled images are few
@@ -78,7 +78,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def probe_scores(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, draws: Sequence[Tensor], num_classes: int
 ) -> list[float]:
-    """Percent correct of the linear probe for each draw of labelled positions; features (N, D) are standardised first."""
+    """Percent correct of the linear probe for each draw of labelled positions; features (N, D) are standardised."""
     seen, held_out = standardise(train, test)
     scores = []
     for draw in draws:

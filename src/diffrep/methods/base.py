@@ -6,7 +6,7 @@ A method is a module that turns a batch into named losses. Frozen networks stand
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from diffrep.config import Config
 from diffrep.data.batch import Batch
-from diffrep.files import write_atomic, write_json
+from diffrep.files import write_json
 from diffrep.models.students import Student
+from diffrep.models.weights import write_weights
 from diffrep.randomness import Rows
 
 
@@ -95,10 +96,3 @@ def save_student(run_dir: Path, student: Student) -> None:
         "student": student.config.model_dump(mode="json"),
     }
     write_json(run_dir / "config.json", card)
-
-
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Tensors to one safetensors file, whole or not at all."""
-    from safetensors.torch import save
-
-    write_atomic(path, save({name: value.detach().cpu().contiguous() for name, value in state.items()}))

@@ -6,7 +6,6 @@ nothing frozen). Deviation: loading is strict; what is missing or does not fit i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from diffrep.errors import UserError
 from diffrep.files import read_json
 from diffrep.methods.base import Method, MethodConfig, save_student
 from diffrep.models.students import Student, StudentConfig
+from diffrep.models.weights import read_weights
 from diffrep.randomness import Rows
 
 
@@ -103,9 +103,8 @@ def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
     given = {k: v for k, v in state.items() if not k.startswith(classifier)}
     wrong = sorted(own.keys() ^ given.keys()) + [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
     if wrong:
-        raise UserError(
-            f"method.init: {run_dir} does not fit {student.config.name}: {len(wrong)} tensors differ, first '{wrong[0]}'"
-        )
+        what = f"{len(wrong)} tensors differ, first '{wrong[0]}'"
+        raise UserError(f"method.init: {run_dir} does not fit {student.config.name}: {what}")
     student.backbone.load_state_dict(given, strict=False)
     return {"matched": len(own), "new": len(student.backbone.state_dict()) - len(own)}
 
@@ -113,16 +112,3 @@ def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
 def _classifier_prefix(backbone: nn.Module) -> str:
     classifier = backbone.get_classifier()
     return next((f"{n}." for n, m in backbone.named_modules() if m is classifier and n), "\0")
-
-
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A safetensors file; a missing, corrupt or truncated one is named in one line."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: this run kept no student") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is corrupt or truncated ({error})") from None

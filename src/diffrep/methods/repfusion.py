@@ -16,6 +16,7 @@ Deviations from the official code (numbers: the defects listed in docs/repfusion
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -359,7 +360,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def _layers(widths: tuple[int, ...]) -> Iterator[nn.Module]:
-    for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (width_in, width_out) in enumerate(pairwise(widths)):
         if i:
             yield nn.ReLU()
         yield nn.Linear(width_in, width_out)

@@ -53,6 +53,7 @@ class Ours(Config):
 class Task(Config):
     """What all stages share."""
 
+    kind: str
     format: int = FORMAT
     name: str = Field(pattern=NAME)  # <road>_<data>_<student>
     about: str = ""  # one sentence for `diffrep recipes`
@@ -86,8 +87,9 @@ class Recipe(Task):
         if labels and isinstance(self.method, RepFusionConfig) and self.method.timestep.select == "policy":
             few = [n for n in counts if n < labels]
             if few:
+                seen = f"the policy sees {labels} labels (data.labels)"
                 raise ValueError(
-                    f"evaluate.probe_labels {few[0]} is below data.labels {labels}: the policy saw more labels than the probe"
+                    f"{seen}, so a probe with {few[0]} (evaluate.probe_labels) would not be a few-label score"
                 )
         if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
             raise ValueError(
@@ -134,9 +136,8 @@ class Study(Task):
         for name, stage in self.stages.items():
             for needed in references(stage):
                 if needed not in earlier:
-                    raise ValueError(
-                        f"stage '{name}' refers to 'stage:{needed}'; earlier stages: {', '.join(sorted(earlier)) or 'none'}"
-                    )
+                    known = ", ".join(sorted(earlier)) or "none"
+                    raise ValueError(f"stage '{name}' refers to 'stage:{needed}'; earlier stages: {known}")
             earlier.add(name)
         unknown = [arm for arm in self.arms if arm not in earlier]
         if unknown:
@@ -190,7 +191,9 @@ def to_yaml(task: Task) -> str:
 
 
 def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False) -> Recipe | Study:
-    """A recipe or study from a shipped name or a YAML / JSON file, with ``a.b=value`` overrides (``STAGE.a.b=`` in a study).
+    """A recipe or study from a shipped name or a YAML / JSON file, with ``a.b=value`` overrides.
+
+    In a study an override may begin with the name of a stage: ``STAGE.a.b=value``.
 
     Raises:
         UserError: unknown name, unreadable file, unknown key, wrong value, foreign code without ``allow_code``.
@@ -201,7 +204,7 @@ def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False
     kind = values.get("kind", "recipe")
     if kind not in ("recipe", "study"):
         raise UserError(f"{origin}: kind = {kind!r}: valid: recipe, study")
-    task = validate(Study if kind == "study" else Recipe, values, origin)
+    task: Recipe | Study = validate(Study, values, origin) if kind == "study" else validate(Recipe, values, origin)
     foreign = [text for text in _strings(task.model_dump(mode="json")) if text.startswith("python:")]
     if foreign and not allow_code:
         raise UserError(f"{origin}: '{foreign[0]}' runs foreign code; if you trust it, say --allow-code")

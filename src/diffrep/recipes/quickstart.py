@@ -157,7 +157,8 @@ def _finetune(prefix: str, student: StudentConfig, steps: int, init: str | None)
         method=FinetuneConfig(
             student=student, init=f"stage:{prefix}_{init}" if init else None, head_first=1 / 3 if init else 0.0
         ),
-        optim=OptimConfig(lr=3e-4 if init else 1e-3, weight_decay=5e-3),
+        # Head first at 30 times the rate, then everything gently: a full rate would wash stage 1 out again.
+        optim=OptimConfig(lr=3e-4 if init else 1e-3, group_lr={"head": 30} if init else {}, weight_decay=5e-3),
         train=TrainConfig(steps=steps, batch_size=50, log_every=25),
         evaluate=EvaluateConfig(probe_labels=(LABELS,)),
     )

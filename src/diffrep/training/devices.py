@@ -35,8 +35,14 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     return made
 
 
-def worst_of(values: Tensor) -> str:
-    """What a non-finite tensor holds, in a word."""
-    flat = values.flatten()
-    number = float(flat[~torch.isfinite(flat)][0])
-    return "NaN" if math.isnan(number) else "infinite"
+def first_non_finite(parts: dict[str, Tensor]) -> tuple[str, int, str] | None:
+    """Of logged parts, {name: (steps, ...)}: the first that is not finite, its position, and what it is."""
+    found = []
+    for name, values in parts.items():
+        bad = ~torch.isfinite(values.reshape(len(values), -1))
+        if bad.any():
+            position = int(bad.any(1).nonzero()[0])
+            value = float(values.reshape(len(values), -1)[position][bad[position]][0])
+            found.append((name, position, "NaN" if math.isnan(value) else "infinite"))
+    # A part explains the weighted sum, so at equal steps it is named before "loss".
+    return min(found, key=lambda item: (item[1], item[0] == "loss"), default=None)

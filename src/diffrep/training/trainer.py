@@ -16,12 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from diffrep.config import Config
+from diffrep.console import Report
 from diffrep.data.feed import Feed
 from diffrep.errors import Interrupted, RunError, UserError
 from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.training import checkpoint
-from diffrep.training.devices import accelerator, worst_of
+from diffrep.training.devices import accelerator, first_non_finite
 from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
 from diffrep.training.run import RunDir
 
@@ -47,22 +48,18 @@ class Trainer:
         self, method: Method, feed: Feed, optim: OptimConfig, config: TrainConfig, seed: int, run: RunDir
     ) -> None:
         self.accelerator = accelerator(config.precision, config.track, run.path, method.uses_all_parameters)
-        processes = self.accelerator.num_processes
+        self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % processes:
             raise UserError(f"train.batch_size {config.batch_size} cannot be split over {processes} processes")
-        self.rank, self.rows = (
-            self.accelerator.process_index,
-            range(self.accelerator.process_index, config.batch_size, processes),
-        )
+        self.rows = range(self.rank, config.batch_size, processes)  # strided, so that labelled rows are shared out
         self.method, self.feed, self.config, self.optim, self.seed, self.run = method, feed, config, optim, seed, run
         self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size)
         self.wrapped, self.stepper = self.accelerator.prepare(method, self.optimizer)
         self.ema = Ema(method, config.ema_decay) if config.ema_decay else None
-        self.seconds, self.pending = 0.0, []
+        self.seconds = 0.0
+        self.pending: list[dict[str, Tensor]] = []  # parts of the steps since the last log line
 
-    def fit(
-        self, stop: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda d, t: None
-    ) -> dict[str, Any]:
+    def fit(self, stop: Callable[[], bool] = lambda: False, progress: Report = lambda *_: None) -> dict[str, Any]:
         """Train to the end; returns steps, images seen and CPU seconds.
 
         Raises:
@@ -119,32 +116,25 @@ class Trainer:
         first = step - len(self.pending)
         stacked = {name: torch.stack([sums[name] for sums in self.pending]) for name in self.pending[0]}
         self.pending = []
-        for name, values in stacked.items():
-            self._refuse_non_finite(name, values, first)
+        if bad := first_non_finite(stacked):
+            raise self.not_finite(bad[0], first + bad[1] + 1, bad[2])
         means = {n: self.accelerator.reduce(v.mean(0), "mean").tolist() for n, v in stacked.items()}
         lr = self.optimizer.param_groups[0]["lr"]
         self.run.log({"step": step, **means, "lr": lr, "cpu_seconds": round(self.seconds, 3)})
-        if self.config.track:
-            self.accelerator.log({n: v for n, v in means.items() if isinstance(v, float)} | {"lr": lr}, step=step)
+        self.accelerator.log({n: v for n, v in means.items() if isinstance(v, float)} | {"lr": lr}, step=step)
 
-    def _refuse_non_finite(self, name: str, values: Tensor, first: int) -> None:
-        bad = ~torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else ~torch.isfinite(values)
-        if bad.any():
-            good = checkpoint.latest(self.run.path / "checkpoints")
-            where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
-            at = first + int(bad.nonzero()[0]) + 1
-            raise RunError(
-                f"{name} is {worst_of(values[bad][0])} at step {at}; {where}; a lower optim.lr or train.clip_norm may help"
-            )
+    def not_finite(self, name: str, step: int, word: str) -> RunError:
+        good = checkpoint.latest(self.run.path / "checkpoints")
+        where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
+        return RunError(f"{name} is {word} at step {step}; {where}; a lower optim.lr or train.clip_norm may help")
 
     def save(self, step: int) -> None:
+        """Checkpoint; what is pending is logged first, so that none is written after a loss that was not finite."""
         if self.pending:
-            self.log(step)  # so that no checkpoint is written after a loss that was not finite
+            self.log(step)
         if self.run.writes:
-            note = {
-                "cpu_seconds": self.seconds,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            }
+            scaler = self.accelerator.scaler
+            note = {"cpu_seconds": self.seconds, "scaler": scaler.state_dict() if scaler else None}
             checkpoint.save(self.run.path / "checkpoints", step, self.method, self.optimizer, self.ema, note)
         self.accelerator.wait_for_everyone()
 

@@ -1,0 +1,123 @@
+"""What the verbs print for people: plain text, no wider than a terminal. Programs read --json instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffrep.assets import Asset
+from diffrep.console import duration
+from diffrep.taps import Tap
+
+
+def amount(number: float) -> str:
+    """``950``, ``12.3 k``, ``4.56 G``: three digits and a letter."""
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if abs(number) < 1000 or unit == " P":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns as wide as their content."""
+    text = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in text) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def cost(recipe_yaml: str, found: dict[str, Any]) -> str:
+    """The resolved recipe, then what it will take."""
+    if "multiply_adds" in found:
+        return f"{recipe_yaml.rstrip()}\n\n{_estimate(found)}"
+    rows = [
+        [
+            name,
+            amount(f["images"]) if f.get("images") else "-",
+            _if(f, "multiply_adds", amount),
+            _if(f, "seconds", duration),
+        ]
+        for name, f in found.items()
+    ]
+    notes = sorted({f["note"] for f in found.values() if "note" in f})
+    shown = table(["stage", "images", "multiply-adds", "CPU time, about"], rows)
+    return "\n".join([recipe_yaml.rstrip(), "", shown, *(f"-: {note}" for note in notes)])
+
+
+def _if(found: dict[str, Any], key: str, show: Any) -> str:
+    return show(found[key]) if key in found else "-"
+
+
+def _estimate(found: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"images seen       {amount(found['images'])}",
+            f"multiply-adds     {amount(found['multiply_adds'])} (counted)",
+            f"time, about       {duration(found['seconds'])} of CPU (from three steps on this machine)",
+            f"memory, at least  {amount(found['memory_bytes'])}B",
+            f"disk, about       {amount(found['disk_bytes'])}B",
+            *(f"licence of {what:<7}{licence}" for what, licence in found["licences"].items()),
+            "nothing was written",
+        ]
+    )
+
+
+def result(found: dict[str, Any]) -> str:
+    """A run's scores and budget, or where a study's report is."""
+    if found["kind"] == "study":
+        return study(found)
+    lines = [f"{found['name']}, seed {found['seed']}: {found['steps']} steps, {amount(found['images_seen'])} images, "]
+    lines[0] += f"{amount(found['multiply_adds'])} multiply-adds, {found['cpu_seconds']:.1f} CPU s"
+    if found["scores"]:
+        lines.append(scores(found["scores"]))
+    return "\n".join([*lines, f"licence: {found['licence']}", f"run folder: {found['run_dir']}"])
+
+
+def study(found: dict[str, Any]) -> str:
+    """The headline table, the report, and what to type next."""
+    rows = [[arm, *shown] for arm, shown in found["table"]]
+    lines = [table(["arm", *(found["columns"])], rows)] if rows else []
+    lines += ["", f"{found['cpu_seconds']:.0f} CPU s in all", f"report: {found['report']}"]
+    if found["next_commands"]:
+        lines += ["", "next:", *(f"  {command}" for command in found["next_commands"])]
+    return "\n".join(lines)
+
+
+def scores(found: dict[str, Any]) -> str:
+    shown = [f"{name} {value:.2f} %" for name, value in found.items() if name != "test_images"]
+    return ", ".join(shown) + f" (of {found['test_images']} test images)"
+
+
+def ledger(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per recipe; what stands below is what the columns cannot hold."""
+    cells = [[r["name"], r["kind"], r["status"], r["published"], r["ours"]] for r in rows]
+    notes = [f"{r['name']}: {note}" for r in rows for note in r["notes"]]
+    return "\n".join([table(["recipe", "kind", "status", "published", "ours"], cells), "", *notes])
+
+
+def taps(found: Sequence[Tap]) -> str:
+    rows = [[t.name, "x".join(map(str, t.shape)), t.stride if t.stride else "-"] for t in found]
+    return table(["tap", "shape", "stride"], rows)
+
+
+def features(found: dict[str, Any], out: Path) -> str:
+    shapes = ", ".join(f"{tap} {'x'.join(map(str, shape))}" for tap, shape in found["shapes"].items())
+    return f"{out}: {shapes}; {amount(found['images_seen'])} passes, {found['cpu_seconds']:.1f} CPU s"
+
+
+def sweep(found: dict[str, Any]) -> str:
+    rows = [
+        [r["tap"], "-" if r["timestep"] is None else r["timestep"], f"{r['mean']:.1f} ± {r['sd']:.1f}"]
+        for r in found["rows"]
+    ]
+    best = found["best"]
+    return (
+        table(["tap", "t", "accuracy %"], rows)
+        + f"\nbest: {best['tap']} at t = {best['timestep']}: {best['mean']:.1f} %"
+    )
+
+
+def assets(found: Sequence[Asset]) -> str:
+    return table(["key", "where", "licence"], [[a.key, a.location, a.licence] for a in found])
