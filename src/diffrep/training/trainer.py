@@ -30,7 +30,7 @@ from diffrep.training.run import RunDir
 class TrainConfig(Config):
     """How long, how much at once, how exact, and what is kept."""
 
-    steps: int = Field(ge=0)  # optimiser updates; 0 keeps the initialisation
+    steps: int = Field(ge=0)  # updates; 0 keeps the initialisation
     batch_size: int = Field(64, ge=1)  # images per update over all devices
     micro_batch_size: int | None = Field(None, ge=1)  # images per device and forward; None: all of a device's share
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; fp16 needs a GPU
@@ -95,8 +95,8 @@ class Trainer:
         for number, rows in enumerate(shares):
             batch = self.feed.batch(step, list(rows), self.accelerator.device)
             rng = Rows(stream(self.seed, "step", step, device=self.accelerator.device), self.config.batch_size, rows)
-            last = number == len(shares) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            more = number + 1 < len(shares)  # gradients are exchanged once, after the last micro-batch
+            with self.accelerator.no_sync(self.wrapped) if more else contextlib.nullcontext():
                 with seeded(self.seed, "dropout", step, self.rank, number):
                     parts = self.wrapped(batch, rng, step / self.config.steps)
                 weight = len(rows) / len(self.rows)
@@ -141,12 +141,9 @@ class Trainer:
     def resume(self) -> int:
         """The step to start from."""
         found = checkpoint.latest(self.run.path / "checkpoints")
-        if found is None:
-            self.run.forget_after(0)
-            return 0
-        note = checkpoint.load(found, self.method, self.optimizer, self.ema)
-        if note["scaler"] and self.accelerator.scaler:
+        note = checkpoint.load(found, self.method, self.optimizer, self.ema) if found else {"step": 0}
+        if note.get("scaler") and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(note["scaler"])
-        self.seconds = note["cpu_seconds"]
+        self.seconds = note.get("cpu_seconds", 0.0)
         self.run.forget_after(note["step"])
         return note["step"]
