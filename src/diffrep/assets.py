@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+# What the two published DDPM U-Nets share, in the words of diffusers' UNet2DModel.
+_DDPM = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "downsample_padding": 0,
+    "attention_head_dim": None,
+}
+
+
+def _ddpm(sample_size: int, widths: tuple[int, ...], attention_level: int) -> dict[str, Any]:
+    down = ["AttnDownBlock2D" if level == attention_level else "DownBlock2D" for level in range(len(widths))]
+    up = [block.replace("Down", "Up") for block in reversed(down)]
+    return _DDPM | {
+        "sample_size": sample_size,
+        "block_out_channels": widths,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+    }
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One published file or folder. sha256 is None where nobody published one: it is recorded at the first load."""
+    """One published file or folder.
+
+    sha256: None where nobody published one: it is recorded at the first load.
+    unet:   the architecture in diffusers' words, so that it can be built, counted and tested without its weights.
+    """
 
     key: str
     location: str
     licence: str
     sha256: str | None = None
+    unet: dict[str, Any] = field(default_factory=dict)
 
     @property
     def non_commercial(self) -> bool:
@@ -23,8 +54,13 @@ class Asset:
 ASSETS = {
     asset.key: asset
     for asset in (
-        Asset("ddpm-cifar10-32", "google/ddpm-cifar10-32", "Apache-2.0"),
-        Asset("ddpm-ema-celebahq-256", "google/ddpm-ema-celebahq-256", "Apache-2.0"),
+        Asset("ddpm-cifar10-32", "google/ddpm-cifar10-32", "Apache-2.0", unet=_ddpm(32, (128, 256, 256, 256), 1)),
+        Asset(
+            "ddpm-ema-celebahq-256",
+            "google/ddpm-ema-celebahq-256",
+            "Apache-2.0",
+            unet=_ddpm(256, (128, 128, 256, 256, 512, 512), 4),
+        ),
     )
 }
 

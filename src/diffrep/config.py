@@ -36,7 +36,7 @@ def validate(model: type[C], values: Any, origin: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_first_complaint(model, error)}") from None
+        raise UserError(f"{origin}: {' '.join(_first_complaint(model, error).split())}") from None
     except RecursionError:
         raise UserError(f"{origin}: nested too deeply to be a recipe") from None
 
@@ -59,7 +59,10 @@ def _plain(message: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -28,10 +28,14 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
     values, left = torch.linalg.eigh(x @ x.T)  # kernel form: n labelled images are few
     values = values.clamp(min=0)
     rotated = left.T @ (goal - offset)
-    penalties = [p * float(values.sum()) / len(x) for p in PENALTIES]
-    best = min(penalties, key=lambda p: _left_out_error(values, left, rotated, goal - offset, p))
+    best = min(_penalties(values, len(x)), key=lambda p: _left_out_error(values, left, rotated, goal - offset, p))
     dual = left @ (rotated / (values + best)[:, None])  # (n, K)
     return ((test.double() - centre) @ (x.T @ dual) + offset).argmax(1)
+
+
+def _penalties(values: Tensor, count: int) -> list[float]:
+    """The penalties to choose from; features that do not vary at all get the majority class, not 0 / 0."""
+    return [p * max(float(values.sum()), 1e-30) / count for p in PENALTIES]
 
 
 def _left_out_error(values: Tensor, left: Tensor, rotated: Tensor, goal: Tensor, penalty: float) -> float:
@@ -57,7 +61,7 @@ def primal_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
         leverage = scores.square() @ inverse + 1 / len(goal)
         return float((residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean())
 
-    best = min((p * float(values.sum()) / len(x) for p in PENALTIES), key=error)
+    best = min(_penalties(values, len(x)), key=error)
     weights = right @ (rotated / (values + best)[:, None])
     return ((test.double() - centre) @ weights + offset).argmax(1)
 

@@ -16,7 +16,7 @@ from diffrep.errors import UserError
 from diffrep.evaluation.classify import outputs
 from diffrep.evaluation.probe import probe_scores
 from diffrep.frozen.diffusion import DiffusionTeacher
-from diffrep.randomness import Rows, stream
+from diffrep.randomness import Rows, derived_seed, stream
 
 
 class SweepConfig(Config):
@@ -47,7 +47,9 @@ def sweep(
     if train.labels is None or held_out.labels is None:
         raise UserError(f"probe: {train.name} has no labels to score against")
     num_classes = len(train.classes)
-    draws = [label_subset(train.labels, config.labels or len(train), seed * 1000 + d) for d in range(config.draws)]
+    # The first draw is the one that training with this seed and as many labels sees.
+    seeds = [seed, *(derived_seed(seed, "label draw", d) for d in range(1, config.draws))]
+    draws = [label_subset(train.labels, config.labels or len(train), s) for s in seeds]
 
     def row(tap: str, timestep: int | None, seen: Tensor, unseen: Tensor) -> dict[str, Any]:
         scores = torch.tensor(probe_scores(seen, train.labels, unseen, held_out.labels, draws, num_classes))

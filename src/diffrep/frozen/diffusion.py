@@ -18,7 +18,7 @@ from diffrep import counting, taps
 from diffrep.diffusion.schedules import NoiseSchedule, cosine_betas, scaled_linear_betas
 from diffrep.errors import UserError
 from diffrep.frozen.base import FrozenModule
-from diffrep.frozen.files import foreign_factory, load_unet
+from diffrep.frozen.files import foreign_factory, load_unet, preset_unet
 from diffrep.randomness import Rows, seeded
 from diffrep.taps import Tap
 
@@ -71,7 +71,7 @@ class DiffusionTeacher(FrozenModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]; a grey network gets the mean of the channels."""
-        if images.shape[-1] != self.image_size and images.shape[-2] != self.image_size:
+        if images.shape[-2:] != (self.image_size, self.image_size):
             size = f"{images.shape[-2]}x{images.shape[-1]}"
             raise UserError(f"{self.name} reads {self.image_size}-pixel images, not {size}: set data.image_size")
         x = images.mean(1, keepdim=True) if self.in_channels == 1 else images
@@ -167,12 +167,14 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
     """
     kind, _, rest = reference.partition(":")
     if kind == "random":
-        return untrained(load_teacher(rest, allow_code))
+        return _from_preset(rest) or untrained(load_teacher(rest, allow_code))
     if kind == "python":
         return _from_factory(rest, allow_code)
     unet, scheduler, card = load_unet(reference)
     config = unet.config
     classes = config.get("num_class_embeds")
+    if not isinstance(config["sample_size"], int):
+        raise UserError(f"{reference}: config.json has sample_size {config['sample_size']}, not one number of pixels")
     return DiffusionTeacher(
         unet,
         name=card.get("name", reference),
@@ -186,6 +188,19 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
     )
 
 
+def _from_preset(reference: str) -> DiffusionTeacher | None:
+    """A published architecture, untrained, without the Hub."""
+    with seeded(0, "untrained teacher"):
+        built = preset_unet(reference)
+    if built is None:
+        return None
+    unet, licence = built
+    size, channels = unet.config["sample_size"], unet.config["in_channels"]
+    return DiffusionTeacher(
+        unet, f"untrained {reference}", size, channels, licence=licence, call_options={"return_dict": False}
+    )
+
+
 def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
     """The control every claim needs: the same network before training (each layer's own initialisation)."""
     with seeded(seed, "untrained teacher"):
@@ -193,6 +208,9 @@ def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise UserError(f"random: a {type(module).__name__} of {teacher.name} has no reset_parameters()")
+    vars(teacher).pop("sha256", None)  # of the trained weights, where it was asked for before
     teacher.name = f"untrained {teacher.name}"
     return teacher
 
@@ -215,6 +233,8 @@ def schedule_from_diffusers(config: dict[str, Any]) -> NoiseSchedule:
     """The noise schedule that a diffusers ``scheduler_config.json`` describes."""
     steps, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("rescale_betas_zero_snr"):
+        raise UserError("the scheduler's rescale_betas_zero_snr is not supported: its last timestep has no signal left")
     if config.get("trained_betas") is not None:
         return NoiseSchedule.from_betas(np.asarray(config["trained_betas"], dtype=np.float64))
     if name == "linear":  # diffusers does not scale the ends with T

@@ -140,10 +140,20 @@ def _open(
     arrays = {}
     for tap, shape in shapes.items():
         path = folder / f"{tap}.npy"
+        if done:
+            _mapped(path)  # opened for writing, numpy would fill what is cut off with zeros
         arrays[tap] = np.lib.format.open_memmap(path, mode=mode, dtype=settings["dtype"], shape=(*lead, *shape))
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return arrays, done
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """One array of a store, read only; a missing or truncated file is named."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete the folder and write it again") from None
 
 
 def _note(folder: Path, arrays: dict[str, np.memmap], settings: dict[str, Any], blocks: int) -> None:
@@ -201,12 +211,7 @@ class FeatureStore:
 
     def array(self, tap: str) -> np.ndarray:
         """(T, V, N, C, h, w), memory-mapped."""
-        try:
-            return np.load(self.folder / f"{tap}.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.folder}/{tap}.npy cannot be read ({error}): delete the folder and write it again"
-            ) from None
+        return _mapped(self.folder / f"{tap}.npy")
 
     def gather(self, tap: str, timestep: Tensor, view: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
         """(B, C, h, w) float32 for each image's own timestep and view."""

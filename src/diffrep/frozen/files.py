@@ -47,7 +47,8 @@ def _from_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (inner / "config.json").exists():
         raise UserError(f"{folder} is no diffusers folder: no unet/config.json and no config.json in it")
-    kind = read_json(inner / "config.json").get("_class_name")
+    card = read_json(inner / "config.json")
+    kind = card.get("_class_name") if isinstance(card, dict) else type(card).__name__
     if kind not in (None, "UNet2DModel", "UNetModel"):
         raise UserError(f"{folder} holds a {kind}; valid: UNet2DModel")
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -58,6 +59,17 @@ def _from_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any
     )
     card = {"name": run_card.get("name", folder.name), "licence": run_card.get("licence", "unknown")}
     return _strictly(inner, str(folder)), config, card
+
+
+def preset_unet(reference: str) -> tuple[nn.Module, str] | None:
+    """A published architecture with fresh weights, and its licence; None where no preset has this name."""
+    known = assets.find(reference)
+    if known is None or not known.unet:
+        return None
+    _torchvision_compat.install()
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(**known.unet), known.licence
 
 
 def _run_card(folder: Path) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def foreign_factory(path: str, allow_code: bool) -> Callable[[], Any]:
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the latter two: an empty or a relative name
         raise UserError(f"python:{path}: cannot import '{module_name}' ({error})") from None
     factory = getattr(module, name, None)
     if not callable(factory):

@@ -64,8 +64,11 @@ class DiffusionGenerator:
         classes = self.network.num_classes
         if classes is None and (labels is not None or guidance_scale != 1):
             raise UserError(f"{self.network.name} knows no classes: it takes neither labels nor guidance")
-        if classes is not None and labels is not None and len(labels) and int(labels.max()) >= classes:
-            raise UserError(f"class {int(labels.max())} is outside 0..{classes - 1} of {self.network.name}")
+        for label in () if classes is None or labels is None else labels.tolist():
+            if not 0 <= label < classes:
+                raise UserError(f"class {label} is outside 0..{classes - 1} of {self.network.name}")
+        if self.network.prediction not in ("epsilon", "v_prediction"):
+            raise UserError(f"{self.network.name} predicts '{self.network.prediction}'; valid: epsilon, v_prediction")
 
 
 def grid_png(images: Tensor, columns: int = 10) -> bytes:

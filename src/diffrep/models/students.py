@@ -38,6 +38,13 @@ class StudentConfig(Config):
             raise ValueError(f"{', '.join(sorted(reserved))} is set by the run, not by options")
         return options
 
+    @field_validator("mean", "std")
+    @classmethod
+    def _per_channel(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) not in (1, 3):
+            raise ValueError(f"has {len(values)} values; give one per channel of RGB, or one for all")
+        return values
+
     @field_validator("std")
     @classmethod
     def _positive(cls, std: tuple[float, ...]) -> tuple[float, ...]:
@@ -56,6 +63,7 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = create(config.name, num_classes, **config.options)
+        self._tap: taps.Tap | None = None  # found at the first use
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
 
@@ -77,11 +85,22 @@ class Student(nn.Module):
         x = self.normalise(images)
         if self.config.tap is None:
             return self._as_map(self.backbone.forward_features(x))
-        point = taps.Tap(self.config.tap, (), None)
-        features = taps.read(self.backbone, lambda: self.backbone.forward_features(x), [point])
-        if self.config.tap not in features:
-            raise UserError(f"student.tap '{self.config.tap}' is not reached by {self.config.name}'s features")
+        features = taps.read(self.backbone, lambda: self.backbone.forward_features(x), [self._point(x)])
         return self._as_map(features[self.config.tap])
+
+    @torch.no_grad()
+    def _point(self, x: Tensor) -> taps.Tap:
+        """The configured tap; how often a pass reaches it is counted once, on one image."""
+        if self._tap is None:
+            taps.find_module(self.backbone, str(self.config.tap))  # an unknown name is refused with the nearest
+            was_training = self.training
+            self.eval()
+            found = taps.list_taps(self.backbone, lambda: self.backbone.forward_features(x[:1]), x.shape[-1])
+            self.train(was_training)
+            if self.config.tap not in found:
+                raise UserError(f"student.tap '{self.config.tap}' is not reached by {self.config.name}'s features")
+            self._tap = found[self.config.tap]
+        return self._tap
 
     def _as_map(self, feature: Tensor) -> Tensor:
         if feature.dim() == 3:

@@ -6,6 +6,8 @@ overrides. All three pass through :func:`load`, before any data, weights or netw
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,7 +127,8 @@ class Study(Task):
 
     kind: Literal["study"] = "study"
     seeds: tuple[int, ...] = Field((0,), min_length=1)  # every stage runs once per seed
-    stages: dict[str, Stage] = Field(min_length=1)  # in order: a stage refers to earlier ones only
+    # In order: a stage refers to earlier ones only. The names become folders, so they are plain words.
+    stages: dict[Annotated[str, Field(pattern=NAME)], Stage] = Field(min_length=1)
     arms: dict[str, str] = {}  # what the stages compared in the table are called there, in order
     headline: str | None = None  # the score the table is about
     next_commands: tuple[str, ...] = ()  # what a reader may try next
@@ -180,9 +183,35 @@ def replace_strings(value: Any, change: dict[str, str]) -> Any:
 
 
 def recipe_hash(task: Task) -> str:
-    """Eight hex digits over everything that can change a result: not the seed, the name or what is said about it."""
-    silent = {"name", "about", "seed", "published", "ours", "assumed", "needs", "next_commands", "seeds"}
-    return short_hash({k: v for k, v in task.model_dump(mode="json").items() if k not in silent})
+    """Eight hex digits over everything that can change a result: not the seed, the name or what is said about it.
+
+    Settings at their default are left out, so a setting that a later version adds leaves older results valid.
+    """
+    silent = {
+        "name",
+        "about",
+        "seed",
+        "published",
+        "ours",
+        "assumed",
+        "needs",
+        "arms",
+        "headline",
+        "next_commands",
+        "seeds",
+    }
+    return short_hash({k: v for k, v in _telling(task).items() if k not in silent})
+
+
+def _telling(value: Any) -> Any:
+    """Plain JSON of a config without what stands at its default; ``kind`` always stays."""
+    if isinstance(value, Config):
+        fields = type(value).model_fields
+        kept = {k: v for k, v in value if k == "kind" or v != fields[k].get_default(call_default_factory=True)}
+        return {k: _telling(v) for k, v in kept.items()}
+    if isinstance(value, Mapping):
+        return {k: _telling(v) for k, v in value.items()}
+    return [_telling(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def to_yaml(task: Task) -> str:
@@ -203,7 +232,7 @@ def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False
         values = _with(values, override)
     kind = values.get("kind", "recipe")
     if kind not in ("recipe", "study"):
-        raise UserError(f"{origin}: kind = {kind!r}: valid: recipe, study")
+        raise UserError(f"{origin}: kind = {kind!r:.60}: valid: recipe, study")
     task: Recipe | Study = validate(Study, values, origin) if kind == "study" else validate(Recipe, values, origin)
     foreign = [text for text in _strings(task.model_dump(mode="json")) if text.startswith("python:")]
     if foreign and not allow_code:
@@ -224,42 +253,98 @@ def _shipped(name: str) -> dict[str, Any]:
 
 
 MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 32  # of mappings and lists in each other; a study needs 7
 
 
-def _from_file(path: Path) -> tuple[dict[str, Any], str]:
+def _from_file(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """What stands in ``path``, laid on its ``base:``; ``above`` are the files whose base it is."""
+    if path.resolve() in above:
+        raise UserError(f"{path}: base leads in a circle back to this file")
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes; that is no recipe")
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"recipe {path} is not UTF-8 text") from None
+    values = _parse_json(text, str(path)) if path.suffix == ".json" else _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} is a {type(values).__name__}, not a mapping of keys to values")
-    return _inherit(values, path), str(path)
+    return _inherit(values, path, above), str(path)
 
 
 def _parse(text: str, origin: str) -> Any:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"recipe {origin} uses YAML aliases (*name); write the value out, or use base:")
-        return yaml.safe_load(text)
+        _refuse_tricks(text, origin)
+        return _plain(yaml.safe_load(text), origin)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"recipe {origin} is not YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"recipe {origin} is not a recipe: {type(error).__name__}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"recipe {origin} is not YAML{where}: {problem}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number or a date that Python cannot hold
+        raise UserError(f"recipe {origin} is not a recipe: {error!s:.100}") from None
 
 
-def _inherit(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _refuse_tricks(text: str, origin: str) -> None:
+    """Aliases multiply what a short file holds, and brackets without end take the parser minutes."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"recipe {origin} uses YAML aliases (*name); write the value out, or use base:")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"recipe {origin} is nested more than {MAX_DEPTH} deep; that is no recipe")
+
+
+def _parse_json(text: str, origin: str) -> Any:
+    """Not every JSON text is YAML to PyYAML: tabs and escaped emoji are not."""
+    try:
+        return _plain(json.loads(text), origin)
+    except json.JSONDecodeError as error:
+        raise UserError(f"recipe {origin} is not JSON at line {error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"recipe {origin} is nested more than {MAX_DEPTH} deep; that is no recipe") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"recipe {origin} is not a recipe: {error!s:.100}") from None
+
+
+def _plain(value: Any, origin: str, path: tuple[str, ...] = ()) -> Any:
+    """``value``, if it is what a recipe can be written back as; YAML knows dates, bytes and sets too."""
+    where = f"{origin}: {'.'.join(path)}" if path else origin
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"recipe {origin} is nested more than {MAX_DEPTH} deep; that is no recipe")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str) or not key.isprintable():
+                raise UserError(f"{where}: the key {key!r:.60} is not plain text")
+            _plain(inner, origin, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _plain(inner, origin, (*path, str(number)))
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{where}: an integer of {value.bit_length()} bits; at most 63 are read")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value}: a number here is finite")
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{where} = {value!r:.60}: half a character (a lone surrogate)")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{where} is a {type(value).__name__}; write text in quotes")
+    return value
+
+
+def _inherit(values: dict[str, Any], path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base = {base!r}: is the name of a recipe, or a file")
-    under = _from_file(path.parent / base)[0] if _is_file(base) else _shipped(base)
+    if not isinstance(base, str) or not base.isprintable():
+        raise UserError(f"{path}: base = {base!r:.60}: is the name of a recipe, or a file")
+    under = _from_file(path.parent / base, (*above, path.resolve()))[0] if _is_file(base) else _shipped(base)
     return merged(under, {"name": path.stem.lower().replace("-", "_"), **values})
 
 
@@ -279,19 +364,16 @@ def _with(values: dict[str, Any], override: str) -> dict[str, Any]:
     parts = path.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {override}: write it as a.b=value")
-    if values.get("kind") == "study" and parts[0] in values.get("stages", {}):
+    stages = values.get("stages")
+    if values.get("kind") == "study" and isinstance(stages, dict) and parts[0] in stages:
         parts = ["stages", *parts]
-    changed: Any = _parse(text, f"--set {override}")
-    for part in reversed(parts):
-        changed = {part: changed}
-    return _laid(values, changed, override)
+    return _laid(values, parts, _parse(text, f"--set {override}"), override)
 
 
-def _laid(values: Any, changed: dict[str, Any], override: str) -> dict[str, Any]:
-    """``changed`` (a chain of single keys) laid on ``values``; only a mapping can be reached into."""
-    if not isinstance(values, dict):
-        raise UserError(f"--set {override}: there is nothing below {values!r}")
-    (key, value), joined = next(iter(changed.items())), dict(values)
-    deeper = isinstance(value, dict) and isinstance(joined.get(key), dict)
-    joined[key] = _laid(joined[key], value, override) if deeper and value else value
+def _laid(values: Any, parts: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+    """``value`` put at the end of the path ``parts``; only a mapping, or nothing yet, can be reached into."""
+    if not isinstance(values, dict | None):
+        raise UserError(f"--set {override}: there is nothing below {values!r:.60}")
+    (key, *rest), joined = parts, dict(values or {})
+    joined[key] = _laid(joined.get(key), rest, value, override) if rest else value
     return joined

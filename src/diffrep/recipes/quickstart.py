@@ -89,7 +89,8 @@ def _short(stage: Any) -> Any:
 
 def _sweep() -> SweepTask:
     taps = ("down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
-    grid = SweepConfig(taps=taps, timesteps=DIGITS_TIMESTEPS, pool=2, labels=LABELS)
+    # One draw, the same labels that all arms see: even this picture, which decides nothing, uses no other.
+    grid = SweepConfig(taps=taps, timesteps=DIGITS_TIMESTEPS, pool=2, labels=LABELS, draws=1)
     return SweepTask(name="sweep", teacher="stage:teacher", data=DataConfig(source="digits"), sweep=grid)
 
 

@@ -1,0 +1,127 @@
+"""Numbers and what may be said of them: spread, paired differences, and how sure a test set of this size can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+MISSING = "–"
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond the table 2.0.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation; None of a single value."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def shown(values: Sequence[float], digits: int = 1) -> str:
+    """``91.3``, or ``91.3 ± 0.8 (5)``: mean, standard deviation, number of seeds."""
+    if not values:
+        return MISSING
+    mean, sd = f"{fmean(values):.{digits}f}", spread(values)
+    return mean if sd is None else f"{mean} ± {sd:.{digits}f} ({len(values)})"
+
+
+def percent(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f} %" if values else "not known yet"
+
+
+def average(values: Sequence[float], form: str = "{:,.0f}") -> str:
+    return form.format(fmean(values)) if values else MISSING
+
+
+def compact(value: float) -> str:
+    """``12.3 G``: three digits and a prefix (k, M, G, T, P)."""
+    if value < 1000:
+        return f"{value:.0f}"
+    for prefix in "kMGTPE":
+        value /= 1000
+        if value < 999.5 or prefix == "E":
+            break
+    return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {prefix}"
+
+
+def binomial_se(score: float, images: int) -> float:
+    """Standard error, in points, of ``score`` percent measured on ``images`` independent test images."""
+    share = min(max(score / 100, 0.0), 1.0)
+    return 100 * math.sqrt(share * (1 - share) / images) if images else 0.0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two arms, seed by seed, in points."""
+
+    differences: tuple[float, ...]
+    noise: float = 0.0  # standard error of one difference that the test set's size alone would give
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.differences)
+
+    @property
+    def above(self) -> int:
+        return sum(d > 0 for d in self.differences)
+
+    def half_width(self) -> float | None:
+        """Of the 95 % interval of the mean over seeds; None of a single seed."""
+        n, sd = len(self.differences), spread(self.differences)
+        if sd is None:
+            return None
+        return (T95[n - 2] if n - 2 < len(T95) else 2.0) * sd / math.sqrt(n)
+
+    def shown(self) -> str:
+        sd = spread(self.differences)
+        return f"{self.mean:+.1f}" + ("" if sd is None else f" ± {sd:.1f} ({len(self.differences)})")
+
+    def reading(self) -> str:
+        """What this difference allows one to say, in a few words."""
+        half = self.half_width()
+        if half is None:
+            return self._one_seed()
+        where = f"higher in {self.above} of {len(self.differences)} seeds; 95 % interval {self.mean - half:+.1f} to {self.mean + half:+.1f}"
+        if abs(self.mean) <= half:
+            return f"not told apart: {where}"
+        return f"{'better' if self.mean > 0 else 'worse'}: {where}"
+
+    def _one_seed(self) -> str:
+        if self.mean == 0:
+            return "equal, one seed"
+        side = "higher" if self.mean > 0 else "lower"
+        if abs(self.mean) < 2 * self.noise:
+            return f"{side}, but within the noise of the test set; one seed"
+        return f"{side}, beyond the noise of the test set; one seed"
+
+
+def paired(ours: Mapping[int, float], other: Mapping[int, float], test_images: int) -> Paired | None:
+    """``ours`` minus ``other`` over the seeds both have; None if they share none.
+
+    The noise takes the two scores as independent. They share their test images, so it is on the careful side.
+    """
+    seeds = sorted(ours.keys() & other.keys())
+    if not seeds:
+        return None
+    errors = [binomial_se(fmean(side.values()), test_images) for side in (ours, other)]
+    return Paired(tuple(ours[s] - other[s] for s in seeds), math.hypot(*errors))
+
+
+def score_words(name: str) -> str:
+    """``linear_probe_50`` -> ``linear probe, 50 labels``."""
+    head, _, count = name.rpartition("_")
+    words = {"linear_probe": "linear probe", "knn": "k-NN"}
+    if head in words and count.isdigit():
+        return f"{words[head]}, {int(count):,} labels"
+    return {"top1": "top-1 of its own classifier"}.get(name, name.replace("_", " "))
+
+
+def labels_in(name: str) -> int | None:
+    """How many labels a score's name says it was fitted with."""
+    count = name.rpartition("_")[2]
+    return int(count) if count.isdigit() else None
+
+
+def listed(items: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
