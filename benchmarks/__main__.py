@@ -11,9 +11,7 @@ from benchmarks import augmentation, distillation_step, startup, teacher_pass
 from diffrep import _torchvision_compat
 from diffrep.words import table
 
-BENCHMARKS = {
-    "startup": startup, "teacher_pass": teacher_pass, "augmentation": augmentation, "distillation_step": distillation_step,
-}  # fmt: skip
+BENCHMARKS = {room.__name__.split(".")[-1]: room for room in (startup, teacher_pass, augmentation, distillation_step)}
 
 
 def main(names: list[str]) -> None:

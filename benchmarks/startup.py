@@ -17,7 +17,7 @@ COMMANDS = {
     "diffrep recipes": ["-m", "diffrep", "recipes"],
     "a refused recipe": ["-m", "diffrep", "run", "denoiser_digits", "--set", "optm.lr=1"],
 }
-EAGER = "from diffrep import _torchvision_compat as c; c.install(); import timm, diffusers; from diffusers import UNet2DModel"
+EAGER = "from diffrep import _torchvision_compat as c; c.install(); import timm; from diffusers import UNet2DModel"
 
 
 def measure() -> list[dict[str, Any]]:

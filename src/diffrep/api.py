@@ -17,6 +17,7 @@ from diffrep.errors import UserError
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
 from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, load, recipe_hash, to_yaml
+from diffrep.rehearsal import rehearse
 from diffrep.stages import default_device, run_task
 from diffrep.studies import check_jobs, run_study
 
@@ -86,17 +87,16 @@ def recipes() -> list[dict[str, Any]]:
 
 
 def _ledger_row(task: Recipe | Study) -> dict[str, Any]:
-    published, ours = getattr(task, "published", None), getattr(task, "ours", None)
-    needs = getattr(task, "needs", ())
-    wanting = sorted({need.partition(":")[0] for need in needs})
-    notes = [f"needs {need}" for need in needs] + [f"assumed: {a}" for a in getattr(task, "assumed", ())]
-    notes += [f"published: {published.source}"] if published else []
-    notes += [f"ours: {ours.command}"] if ours else []
+    published, ours = task.published, task.ours
+    wanting = sorted({need.partition(":")[0] for need in task.needs})
+    notes = [f"needs {need}" for need in task.needs] + [f"assumed: {a}" for a in task.assumed]
+    notes += [f"published: {published.metric}; {published.source}"] if published else []
+    notes += [f"ours: {ours.metric}; {ours.command}"] if ours else []
     return {
         "name": task.name,
         "kind": task.method.kind if isinstance(task, Recipe) else "study",
         "about": task.about,
-        "status": "run" if not wanting else " and ".join(f"needs {w}" for w in wanting),
+        "status": f"needs {', '.join(wanting)}" if wanting else "run",
         "published": "-" if published is None else "not found" if published.value is None else f"{published.value}",
         "ours": f"{ours.value} ± {ours.spread} ({ours.seeds} seeds)" if ours else "-",
         "notes": notes,
@@ -109,18 +109,12 @@ def show(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False) -
 
 
 def dry_run(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False) -> dict[str, Any]:
-    """What a run will cost (see :func:`diffrep.assemble.estimate`); nothing is written."""
+    """What a run, or each stage of a study, will cost; nothing is written.
+
+    See :func:`diffrep.assemble.estimate` and :func:`diffrep.rehearsal.rehearse`.
+    """
     task = load(recipe, overrides, allow_code)
-    if isinstance(task, Study):
-        return {name: _stage_cost(stage, allow_code) for name, stage in task.stages.items()}
-    return estimate(task, allow_code)
-
-
-def _stage_cost(stage: Any, allow_code: bool) -> dict[str, Any]:
-    if stage.kind == "recipe" and "stage:" not in to_yaml(stage):
-        return estimate(stage, allow_code)
-    images = stage.train.steps * stage.train.batch_size if stage.kind == "recipe" else None
-    return {"images": images, "note": "known once the stages before it have run"}
+    return rehearse(task, allow_code) if isinstance(task, Study) else estimate(task, allow_code)
 
 
 def features(

@@ -183,10 +183,9 @@ def multiply_adds_per_image(method: Method, image_size: int) -> int:
 def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
     """What a run will cost, from counting and from three real steps whose result is thrown away."""
     parts = assemble(recipe, allow_code)
-    run = RunDir(Path("/nonexistent"), writes=False)
-    trainer = Trainer(
-        parts.method, parts.feed, recipe.optim, recipe.train.model_copy(update={"track": ()}), recipe.seed, run
-    )
+    run = RunDir(Path("nothing-is-written-here"), writes=False)
+    config = recipe.train.model_copy(update={"track": (), "steps": max(recipe.train.steps, 1)})
+    trainer = Trainer(parts.method, parts.feed, recipe.optim, config, recipe.seed, run)
     parts.method.train()
     times = []
     for step in range(3):

@@ -20,6 +20,12 @@ def amount(number: float) -> str:
     raise AssertionError
 
 
+def size(count: float) -> str:
+    """Bytes: ``49.7 MB``, ``0 B``."""
+    text = amount(count)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their content."""
     text = [[str(cell) for cell in row] for row in [head, *rows]]
@@ -32,22 +38,19 @@ def cost(recipe_yaml: str, found: dict[str, Any]) -> str:
     """The resolved recipe, then what it will take."""
     if "multiply_adds" in found:
         return f"{recipe_yaml.rstrip()}\n\n{_estimate(found)}"
-    rows = [
-        [
-            name,
-            amount(f["images"]) if f.get("images") else "-",
-            _if(f, "multiply_adds", amount),
-            _if(f, "seconds", duration),
-        ]
-        for name, f in found.items()
-    ]
-    notes = sorted({f["note"] for f in found.values() if "note" in f})
-    shown = table(["stage", "images", "multiply-adds", "CPU time, about"], rows)
-    return "\n".join([recipe_yaml.rstrip(), "", shown, *(f"-: {note}" for note in notes)])
+    rows = [[name, *_figures(f)] for name, f in found.items()]
+    whole = {key: sum(f[key] for f in found.values()) for key in ("images", "multiply_adds", "seconds", "disk_bytes")}
+    rows.append(["all, one seed", *_figures(whole)])
+    shown = table(["stage", "images", "multiply-adds", "CPU time, about", "disk, about"], rows)
+    licences = sorted({licence for f in found.values() for licence in f["licences"].values()})
+    memory = f"memory, at least  {size(max(f['memory_bytes'] for f in found.values()))} per process"
+    told = [memory, *(f"licence  {licence}" for licence in licences), "nothing was written"]
+    return "\n".join([recipe_yaml.rstrip(), "", shown, "", *told])
 
 
-def _if(found: dict[str, Any], key: str, show: Any) -> str:
-    return show(found[key]) if key in found else "-"
+def _figures(found: dict[str, Any]) -> list[str]:
+    numbers = [amount(found["images"]), amount(found["multiply_adds"]), duration(found["seconds"])]
+    return [*numbers, f"{size(found['disk_bytes'])}"]
 
 
 def _estimate(found: dict[str, Any]) -> str:
@@ -56,8 +59,8 @@ def _estimate(found: dict[str, Any]) -> str:
             f"images seen       {amount(found['images'])}",
             f"multiply-adds     {amount(found['multiply_adds'])} (counted)",
             f"time, about       {duration(found['seconds'])} of CPU (from three steps on this machine)",
-            f"memory, at least  {amount(found['memory_bytes'])}B",
-            f"disk, about       {amount(found['disk_bytes'])}B",
+            f"memory, at least  {size(found['memory_bytes'])}",
+            f"disk, about       {size(found['disk_bytes'])}",
             *(f"licence of {what:<7}{licence}" for what, licence in found["licences"].items()),
             "nothing was written",
         ]

@@ -6,6 +6,7 @@ that has one is complete. An interrupted writer continues at the block where it 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -63,10 +64,7 @@ def write_features(
         source: what the images are (name, split, fingerprint, augment), kept in the manifest.
         progress: called with (images x views x timesteps done, in all).
     """
-    settings = {
-        "teacher": teacher.name, "teacher_sha256": teacher.sha256, "licence": teacher.licence, "source": source,
-        "num_images": num_images, "num_views": num_views, "seed": seed, **config.model_dump(mode="json"),
-    }  # fmt: skip
+    settings = store_settings(teacher, config, num_images, num_views, source, seed)
     if (folder / MANIFEST).exists():
         return _same(read_json(folder / MANIFEST), settings, folder)
     shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
@@ -90,6 +88,42 @@ def write_features(
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
+
+
+def store_settings(
+    teacher: DiffusionTeacher, config: FeatureConfig, num_images: int, num_views: int, source: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """What decides a store's content."""
+    return {
+        "teacher": teacher.name,
+        "teacher_sha256": teacher.sha256,
+        "licence": teacher.licence,
+        "source": source,
+        "num_images": num_images,
+        "num_views": num_views,
+        "seed": seed,
+        **config.model_dump(mode="json"),
+    }
+
+
+def feature_bytes(teacher: DiffusionTeacher, config: FeatureConfig, num_images: int, num_views: int) -> int:
+    """Disk that a store will take."""
+    cells = sum(math.prod(_kept_shape(teacher, tap, config.pool)) for tap in config.taps)
+    return cells * np.dtype(config.dtype).itemsize * num_images * num_views * len(config.timesteps)
+
+
+def write_empty_store(folder: Path, teacher: DiffusionTeacher, config: FeatureConfig, settings: dict[str, Any]) -> None:
+    """A store of zeros with holes for content: right in shape, next to nothing on disk."""
+    folder.mkdir(parents=True)
+    shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
+    for tap, shape in shapes.items():
+        np.lib.format.open_memmap(folder / f"{tap}.npy", "w+", settings["dtype"], (*_lead(settings), *shape))
+    write_json(folder / MANIFEST, {**settings, "shapes": {t: list(s) for t, s in shapes.items()}})
+
+
+def _lead(settings: dict[str, Any]) -> tuple[int, int, int]:
+    """(T, V, N), the axes every array of a store begins with."""
+    return len(settings["timesteps"]), settings["num_views"], settings["num_images"]
 
 
 def _blocks(config: FeatureConfig, num_images: int, num_views: int) -> list[tuple[int, int, int]]:
@@ -130,7 +164,6 @@ def _open(
     folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.memmap], int]:
     """The arrays, with their disk space reserved (a map of a full disk would kill the process), and the first block."""
-    lead = (len(settings["timesteps"]), settings["num_views"], settings["num_images"])
     done = 0
     if (folder / PROGRESS).exists():
         noted = read_json(folder / PROGRESS)
@@ -142,7 +175,9 @@ def _open(
         path = folder / f"{tap}.npy"
         if done:
             _mapped(path)  # opened for writing, numpy would fill what is cut off with zeros
-        arrays[tap] = np.lib.format.open_memmap(path, mode=mode, dtype=settings["dtype"], shape=(*lead, *shape))
+        arrays[tap] = np.lib.format.open_memmap(
+            path, mode=mode, dtype=settings["dtype"], shape=(*_lead(settings), *shape)
+        )
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return arrays, done

@@ -64,9 +64,10 @@ class DiffusionGenerator:
         classes = self.network.num_classes
         if classes is None and (labels is not None or guidance_scale != 1):
             raise UserError(f"{self.network.name} knows no classes: it takes neither labels nor guidance")
-        for label in () if classes is None or labels is None else labels.tolist():
-            if not 0 <= label < classes:
-                raise UserError(f"class {label} is outside 0..{classes - 1} of {self.network.name}")
+        if classes is not None and labels is not None:
+            wrong = [label for label in labels.tolist() if not 0 <= label < classes]
+            if wrong:
+                raise UserError(f"class {wrong[0]} is outside 0..{classes - 1} of {self.network.name}")
         if self.network.prediction not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.network.name} predicts '{self.network.prediction}'; valid: epsilon, v_prediction")
 

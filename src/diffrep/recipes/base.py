@@ -69,7 +69,16 @@ class Task(Config):
         return value
 
 
-class Recipe(Task):
+class Listed(Task):
+    """What the ledger says of a recipe or study."""
+
+    published: Published | None = None
+    ours: Ours | None = None
+    assumed: tuple[str, ...] = ()  # settings that the source does not state
+    needs: tuple[str, ...] = ()  # "weights: ..." or "data: ..." that do not come with the package
+
+
+class Recipe(Listed):
     """One training run, complete."""
 
     kind: Literal["recipe"] = "recipe"
@@ -78,10 +87,6 @@ class Recipe(Task):
     optim: OptimConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
-    published: Published | None = None
-    ours: Ours | None = None
-    assumed: tuple[str, ...] = ()  # settings that the source does not state
-    needs: tuple[str, ...] = ()  # "weights: ..." or "data: ..." that do not come with the package
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -122,7 +127,7 @@ class SweepTask(Task):
 Stage = Annotated[Recipe | FeatureTask | SweepTask, Field(discriminator="kind")]
 
 
-class Study(Task):
+class Study(Listed):
     """A recipe of recipes: named stages that refer to each other's outputs as ``stage:NAME``."""
 
     kind: Literal["study"] = "study"

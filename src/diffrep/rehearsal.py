@@ -1,0 +1,77 @@
+"""What a study will cost, before it runs: every stage is costed against stand-ins of the stages before it.
+
+A stand-in has the right shapes and nothing learnt: a network as initialised, a feature store of zeros that takes no
+disk. It lives in a temporary folder and goes with it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrep.assemble import assemble, estimate, peak_memory
+from diffrep.data.datasets import load_data
+from diffrep.data.transforms import augmentation
+from diffrep.files import write_json
+from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
+from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
+from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash
+from diffrep.studies import instances
+
+
+def rehearse(study: Study, allow_code: bool = False) -> dict[str, dict[str, Any]]:
+    """Each stage's cost for one seed: images, multiply-adds, CPU seconds, memory and disk bytes, licences."""
+    costs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for instance in instances(study.model_copy(update={"seeds": study.seeds[:1]}), Path(folder)):
+            costs[instance.name] = _cost(instance.task, Path(folder) / instance.key, allow_code)
+    return costs
+
+
+def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
+    if isinstance(task, Recipe):
+        found = estimate(task, allow_code)
+        assemble(task, allow_code).method.export(stand_in)
+        card = {"name": task.name, "licence": found["licences"]["weights"], "recipe_hash": recipe_hash(task)}
+        write_json(stand_in / "result.json", card)
+        return found
+    if isinstance(task, FeatureTask):
+        return _features(task, stand_in, allow_code)
+    assert isinstance(task, SweepTask)
+    teacher = load_teacher(task.teacher, allow_code)
+    images = sum(len(load_data(task.data, split)) for split in ("train", task.sweep.split))
+    return _passes(teacher, task.sweep.taps, images * len(task.sweep.timesteps), block_size=256)
+
+
+def _features(task: FeatureTask, stand_in: Path, allow_code: bool) -> dict[str, Any]:
+    teacher, images = load_teacher(task.teacher, allow_code), load_data(task.data, task.split)
+    views = augmentation(task.data.augment).num_views
+    source = {"fingerprint": images.fingerprint, "augment": task.data.augment}
+    settings = store_settings(teacher, task.features, len(images), views, source, task.seed)
+    write_empty_store(stand_in, teacher, task.features, settings)
+    passes = len(images) * views * len(task.features.timesteps)
+    found = _passes(teacher, task.features.taps, passes, task.features.block_size)
+    return found | {"disk_bytes": feature_bytes(teacher, task.features, len(images), views)}
+
+
+def _passes(teacher: DiffusionTeacher, taps: Sequence[str], passes: int, block_size: int) -> dict[str, Any]:
+    """Cost of ``passes`` images through the teacher, from one timed block."""
+    images = torch.zeros(block_size, 3, teacher.image_size, teacher.image_size)
+    times = []
+    for _ in range(2):
+        began = time.process_time()
+        teacher.features(images, 0, taps)
+        times.append(time.process_time() - began)
+    return {
+        "images": passes,
+        "multiply_adds": passes * max(teacher.multiply_adds(tap) for tap in taps),
+        "seconds": min(times) * passes / block_size,
+        "memory_bytes": peak_memory(),
+        "disk_bytes": 0,
+        "licences": {"weights": teacher.licence},
+    }
