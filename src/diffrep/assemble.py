@@ -69,6 +69,7 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
     with seeded(recipe.seed, "initialisation"):
         method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
     method.check_data(train.fingerprint, recipe.data.augment)
+    _scores_possible(recipe, method, train, test)
     feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled)
     return Assembled(train, test, labelled, feed, method)
 
@@ -82,6 +83,17 @@ def _labels_needed(recipe: Recipe, train: ImageSet) -> None:
     if train.labels is None and recipe.method.needs_labels():
         readers = ", ".join(recipe.method.label_readers())
         raise UserError(f"data.source {recipe.data.source} has no labels, but the {readers} of this recipe reads them")
+
+
+def _scores_possible(recipe: Recipe, method: Method, train: ImageSet, test: ImageSet) -> None:
+    """Refuse now what would only fail after the training."""
+    if isinstance(method, Denoiser):
+        method.schedule.respaced(recipe.evaluate.num_sampling_steps)
+    elif train.labels is not None:
+        if test.labels is None:
+            raise UserError(f"data.source {recipe.data.source}: its test split has no labels to score against")
+        for count in recipe.evaluate.probe_labels:
+            label_subset(train.labels, count, label_seed(recipe))
 
 
 def _square(images: ImageSet, recipe: Recipe) -> int:
@@ -107,10 +119,10 @@ def train(
     parts = assemble(recipe, allow_code)
     writes = is_main_process()
     run = RunDir(run_dir, writes)
+    trainer = Trainer(parts.method, parts.feed, recipe.optim, recipe.train, recipe.seed, run)
     with locked(run_dir) if writes else contextlib.nullcontext():
         run.begin(to_yaml(recipe))
         began = time.monotonic()
-        trainer = Trainer(parts.method, parts.feed, recipe.optim, recipe.train, recipe.seed, run)
         device = trainer.accelerator.device
         parts.method.prepare(parts.feed.sweep(256, device, STATISTICS_IMAGES))
         budget = trainer.fit(stop, progress)
@@ -127,7 +139,8 @@ def train(
 
 def _finished(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
     result = run.result()
-    if result is not None and result.get("recipe_hash") != recipe_hash(recipe):
+    wanted = (recipe_hash(recipe), recipe.seed)
+    if result is not None and (result.get("recipe_hash"), result.get("seed")) != wanted:
         raise UserError(f"{run.path} belongs to another recipe (see its recipe.yaml); choose another --out")
     return result
 
@@ -188,7 +201,7 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
     trainer = Trainer(parts.method, parts.feed, recipe.optim, config, recipe.seed, run)
     parts.method.train()
     times = []
-    for step in range(3):
+    for step in range(min(3, recipe.train.steps)):
         began = time.process_time()
         trainer.step(step)
         times.append(time.process_time() - began)
@@ -198,7 +211,7 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
     return {
         "multiply_adds": multiply_adds_per_image(parts.method, parts.train.image_size[0]) * images,
         "images": images,
-        "seconds": min(times) * recipe.train.steps,
+        "seconds": min(times, default=0.0) * recipe.train.steps,
         "memory_bytes": peak_memory(),
         "disk_bytes": tensors * (2 * copies + 1),
         "licences": {"data": parts.train.licence, "weights": parts.method.licence},

@@ -271,7 +271,10 @@ def _one_thread(threads: int) -> None:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader of our output has gone; typer would make an error of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
@@ -302,9 +305,6 @@ def _failed(error: Exception) -> int:
     if hasattr(error, "format_message"):  # what the parser of the command line raises
         _say(f"diffrep: {' '.join(error.format_message().split())} (diffrep --help)")
         return 2
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
-        return 0
     _say(
         f"diffrep: a fault of ours: {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
     )

@@ -8,10 +8,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from diffrep.errors import RunError, UserError
 
@@ -21,10 +24,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one line (exit 3) that says where, and that nothing half-written stays."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # safetensors says it in words only
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise RunError(
-                f"cannot write {path}: {os.strerror(error.errno)}; free some space and run the same command again"
+                f"cannot write {path}: {os.strerror(number)}; free some space and run the same command again"
             ) from error
         raise
 
@@ -66,7 +71,12 @@ def folder_aside(path: Path) -> Iterator[Path]:
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             if path.exists():
                 os.replace(path, old)
-            os.replace(aside, path)
+            try:
+                os.replace(aside, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -85,7 +95,10 @@ def _fsync_folder(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; a second one is refused. The kernel drops the lock when the holder dies."""
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{folder} cannot be a folder: a file is in its way; choose another --out") from None
         file = open(folder / ".lock", "a")  # noqa: SIM115 - held until the block ends
     try:
         try:

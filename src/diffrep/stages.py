@@ -37,7 +37,7 @@ def run_task(
     assert isinstance(task, FeatureTask | SweepTask)
     run = RunDir(run_dir)
     found = run.result()
-    if found is not None and found["recipe_hash"] == recipe_hash(task):
+    if found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed):
         return found
     began = time.process_time()
     work = _features(task, allow_code) if isinstance(task, FeatureTask) else _sweep(task, allow_code)

@@ -11,15 +11,17 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffrep.console import LINE_EVERY, status_line
-from diffrep.errors import DiffrepError, Interrupted, UserError
+from diffrep.errors import DiffrepError, Interrupted, RunError, UserError
 from diffrep.files import locked, read_json, short_hash, write_json
 from diffrep.recipes.base import STAGE, Study, Task, recipe_hash, references, replace_strings, to_yaml
 from diffrep.training.run import RunDir
@@ -109,8 +111,10 @@ def _run_all(
     for variable in THREAD_VARIABLES:  # children read them when they import torch
         os.environ[variable] = "1"
     watch = _Watch(say, len(wanted))
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_worker, initargs=(news,))
+    stop = context.Event()
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_worker, initargs=(news, stop))
     try:
         while waiting or running:
             for instance in [i for i in waiting if done.issuperset(i.needs)][: jobs - len(running)]:
@@ -124,35 +128,43 @@ def _run_all(
                 done.add(instance.key)
                 watch.finished(instance, result)
                 yield instance, result
+    except BrokenProcessPool:
+        raise RunError("a stage's process died (out of memory?); the same command goes on from here") from None
     except KeyboardInterrupt:
+        stop.set()  # a signal sent to this process alone does not reach the others
         raise Interrupted("study stopped; the same command goes on from here") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-_stopping = False
+_stop: Any = None
 _news: Any = None
 
 
-def _worker(news: Any) -> None:
-    """Set up one process: one thread, and Ctrl-C as a wish to stop after the current step."""
-    global _news
-    _news = news
+def _worker(news: Any, stop: Any) -> None:
+    """Set up one process: one thread, and Ctrl-C as a wish of all to stop after the current step."""
+    global _news, _stop
+    _news, _stop = news, stop
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _wish_to_stop)
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
 
 
-def _wish_to_stop(*_: object) -> None:
-    global _stopping
-    _stopping = True
+def _end_with_parent() -> None:
+    """A killed study must not leave processes that hold its folders; a stage survives being killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_one(instance: Instance, folder: Path, allow_code: bool) -> dict[str, Any]:
@@ -168,7 +180,7 @@ def _run_one(instance: Instance, folder: Path, allow_code: bool) -> dict[str, An
             _news.put((instance.key, done, total))
 
     try:
-        result = run_task(instance.task, folder, lambda: _stopping, progress, allow_code)
+        result = run_task(instance.task, folder, _stop.is_set, progress, allow_code)
     except Interrupted:
         raise
     except DiffrepError as error:

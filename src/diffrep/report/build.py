@@ -9,9 +9,11 @@ from diffrep.errors import UserError
 from diffrep.files import write_atomic
 from diffrep.report import pictures
 from diffrep.report.compare import compare_page
+from diffrep.report.numbers import score_words
 from diffrep.report.page import render
-from diffrep.report.reading import Study, read_folder
-from diffrep.report.study import arm_rows, arms_alt, metric, score_words, study_page
+from diffrep.report.reading import read_folder
+from diffrep.report.study import arm_rows, arms_alt, study_page
+from diffrep.report.values import Study
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -43,9 +45,9 @@ def write_figure(study_dir: Path, out_svg: Path) -> Path:
         UserError: the folder holds no study, or none of its arms has a score.
     """
     study = read_folder(Path(study_dir))
-    name = metric(study) if isinstance(study, Study) else None
+    name = study.metric() if isinstance(study, Study) else None
     if not isinstance(study, Study) or name is None:
         raise UserError(f"{study_dir} holds no study with scores; the arms chart needs one")
     svg = pictures.arms_chart(arm_rows(study), f"% correct, {score_words(name)}")
-    write_atomic(Path(out_svg), pictures.standalone(svg, arms_alt(study)))
+    write_atomic(Path(out_svg), pictures.standalone(svg, f"{study.name}: scores of all arms", arms_alt(study)))
     return Path(out_svg)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from statistics import fmean
 
-from diffrep.report import pictures, sections
+from diffrep.report import pictures, sections, teachers
 from diffrep.report.numbers import binomial_se, labels_in, listed, score_words, shown
 from diffrep.report.page import Block, Page, Picture, Section, Table, Text
-from diffrep.report.reading import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
-from diffrep.report.study import labels_text
+from diffrep.report.sections import labels_text
+from diffrep.report.values import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
 
 
 def compare_page(found: Sequence[Run | Study]) -> Page:
@@ -22,9 +22,9 @@ def compare_page(found: Sequence[Run | Study]) -> Page:
         _budget(entries),
         _published(entries),
         sections.curves(entries),
-        *(sections.sweep(e) for e in entries if e.kind == "probe"),
-        sections.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
-        sections.samples(entries),
+        *(teachers.sweep(e) for e in entries if e.kind == "probe"),
+        teachers.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
+        teachers.samples(entries),
         Section("What was set differently", _settings(entries)),
         sections.licences(entries),
         Section("Machine", sections.environments([(e.label, r.environment) for e in entries for r in e.runs])),
@@ -60,7 +60,8 @@ def _overview(entries: Sequence[Entry]) -> list[Block]:
         return blocks
     rows = [pictures.Dots(e.student, e.short, list(e.score(name).values())) for e in entries if e.score(name)]
     alt = "; ".join(f"{e.label} {shown(list(e.score(name).values()))}" for e in entries if e.score(name))
-    caption = f"{score_words(name)}: large dots are means, small dots seeds, bars one standard deviation. {_noise(entries, name)}"
+    marks = "large dots are means, small dots seeds, bars one standard deviation"
+    caption = f"{score_words(name).capitalize()}: {marks}. The axis does not begin at zero. {_noise(entries, name)}"
     chart = pictures.arms_chart(rows, f"% correct, {score_words(name)}")
     return [*blocks, Picture(f"Score in percent ({score_words(name)}). {alt}.", caption, chart)]
 
@@ -97,8 +98,8 @@ def _scores(entries: Sequence[Entry]) -> Section:
 
 
 READ = (
-    "Linear probe: the network is frozen and the simplest classifier learns from its output. k-NN: the class of the most "
-    "similar labelled image. Top-1: the network's own last layer names the image."
+    "Linear probe: the network is frozen and the simplest classifier learns from its output. k-NN: the class of the "
+    "most similar labelled image. Top-1: the network's own last layer names the image."
 )
 
 
@@ -109,7 +110,10 @@ def _seeds(entry: Entry) -> str:
 def _budget(entries: Sequence[Entry]) -> Section:
     head = ("", "steps", "images seen", "multiply-adds", "CPU seconds", "parameters")
     rows = [[e.label, *sections.budget_cells(e), sections.average(e.values("parameters"))] for e in entries]
-    note = "Multiply-adds count forward and backward of what is trained and forward of what is not; k, M, G, T: thousand to million million."
+    note = (
+        "Multiply-adds count forward and backward of what is trained, forward of what is not (k, M, G, T: thousand to "
+        "million million)."
+    )
     return Section("What it cost", [Table("Per seed", head, rows), Text(note, "note")])
 
 

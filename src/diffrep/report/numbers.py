@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-MISSING = "–"
+MISSING, MINUS = "\u2013", "\u2212"
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond the table 2.0.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
@@ -74,25 +74,30 @@ class Paired:
 
     def shown(self) -> str:
         sd = spread(self.differences)
-        return f"{self.mean:+.1f}" + ("" if sd is None else f" ± {sd:.1f} ({len(self.differences)})")
+        return signed(self.mean) + ("" if sd is None else f" ± {sd:.1f} ({len(self.differences)})")
+
+    def word(self) -> str:
+        """The reading in two or three words."""
+        half = self.half_width()
+        if half is not None:
+            return "not told apart" if abs(self.mean) <= half else "better" if self.mean > 0 else "worse"
+        if self.mean == 0:
+            return "equal"
+        side = "higher" if self.mean > 0 else "lower"
+        return f"{side}, {'within' if abs(self.mean) < 2 * self.noise else 'beyond'} the noise"
 
     def reading(self) -> str:
-        """What this difference allows one to say, in a few words."""
+        """What this difference allows one to say."""
         half = self.half_width()
         if half is None:
-            return self._one_seed()
-        where = f"higher in {self.above} of {len(self.differences)} seeds; 95 % interval {self.mean - half:+.1f} to {self.mean + half:+.1f}"
-        if abs(self.mean) <= half:
-            return f"not told apart: {where}"
-        return f"{'better' if self.mean > 0 else 'worse'}: {where}"
+            return f"{self.word()}{'' if self.mean == 0 else ' of the test set'}; one seed"
+        seeds = f"higher in {self.above} of {len(self.differences)} seeds"
+        return f"{self.word()}: {seeds}; 95 % interval {signed(self.mean - half)} to {signed(self.mean + half)}"
 
-    def _one_seed(self) -> str:
-        if self.mean == 0:
-            return "equal, one seed"
-        side = "higher" if self.mean > 0 else "lower"
-        if abs(self.mean) < 2 * self.noise:
-            return f"{side}, but within the noise of the test set; one seed"
-        return f"{side}, beyond the noise of the test set; one seed"
+
+def signed(value: float) -> str:
+    """``+0.9``, with a true minus sign."""
+    return f"{value:+.1f}".replace("-", MINUS)
 
 
 def paired(ours: Mapping[int, float], other: Mapping[int, float], test_images: int) -> Paired | None:

@@ -34,7 +34,7 @@ class Picture:
     block: ClassVar[str] = "picture"
     alt: str
     caption: str
-    svg: Markup = Markup("")
+    svg: Markup | None = None
     source: str = ""
 
 
@@ -47,6 +47,10 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     prose: bool = False
+
+    @property
+    def is_wide(self) -> bool:
+        return not self.prose and len(self.head) > 7
 
 
 @dataclass(frozen=True)

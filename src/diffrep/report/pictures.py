@@ -8,12 +8,12 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from statistics import fmean, stdev
-from typing import Any, Iterator
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -92,14 +92,15 @@ def _svg(figure: Figure, name: str) -> Markup:
     return Markup(re.sub(r"\n\s*", "\n", text))
 
 
-def standalone(svg: Markup, title: str) -> str:
-    """The same picture as a file of its own, with a title for those who cannot see it."""
+def standalone(svg: Markup, title: str, alt: str) -> str:
+    """The same picture as a file of its own, with words for those who cannot see it."""
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     width, height = (float(n) for n in size.groups()) if size else (WIDTH, WIDTH)
     opening = f'<svg role="img" width="{width * 1.5:.0f}" height="{height * 1.5:.0f}"'
     body = str(svg).replace("<svg", opening, 1)
     end = body.index(">") + 1
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{body[:end]}\n<title>{escape(title)}</title>{body[end:]}\n'
+    words = f"<title>{escape(title)}</title>\n<desc>{escape(alt)}</desc>"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{body[:end]}\n{words}{body[end:]}\n'
 
 
 def arms_chart(rows: Sequence[Dots], unit: str, name: str = "arms") -> Markup:
@@ -134,7 +135,7 @@ def _heading(axes: Axes, y: int, text: str, left: float) -> None:
 
 def _dots(axes: Axes, y: int, row: Dots) -> None:
     colour = COLOURS[1] if row.marked else COLOURS[0]
-    beside = {"va": "center", "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    beside: dict[str, Any] = {"va": "center", "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     if not row.values:
         axes.annotate("to come", (1, y), (8, 0), color=GREY, **beside)
         return
@@ -244,7 +245,7 @@ def _look(number: int) -> dict[str, Any]:
 
 def _curves(axes: Axes, curves: Sequence[Curve], labels: Sequence[str], unit: str) -> None:
     for curve in curves:
-        single = {"marker": "o"} if len(curve.x) == 1 else {}
+        single: dict[str, Any] = {"marker": "o"} if len(curve.x) == 1 else {}
         axes.plot(curve.x, curve.y, **_look(labels.index(curve.label)), **single)
     values = [v for curve in curves for v in curve.y]
     if values and min(values) > 0 and max(values) > 5 * min(values):

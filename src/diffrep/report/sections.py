@@ -1,8 +1,7 @@
-"""The sections both pages share: what a teacher draws and knows, where policies look, curves, costs, licences."""
+"""The sections both pages share: learning curves, costs, licences, machines, settings."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -10,166 +9,10 @@ from statistics import fmean
 from diffrep.console import duration
 from diffrep.report import pictures
 from diffrep.report.numbers import MISSING, average, compact, listed
-from diffrep.report.page import Bars, Block, Folded, Notes, Picture, Section, Table, Text
-from diffrep.report.reading import Entry, Run, flat
+from diffrep.report.page import Bars, Block, Folded, Picture, Section, Table, Text
+from diffrep.report.values import Entry, flat
 
-EARLY = 300  # timesteps up to here count as little noise
 LOSS = {"repfusion": "kd_loss"}  # the logged number a kind of training is about; others: loss
-
-
-def samples(entries: Sequence[Entry]) -> Section | None:
-    """What the diffusion models draw."""
-    blocks: list[Block] = []
-    for entry in entries:
-        found = next((run for run in entry.runs if (run.path / "samples" / "grid.png").is_file()), None)
-        if found is not None:
-            blocks.append(_sample_picture(entry, found))
-    if not blocks:
-        return None
-    text = (
-        "A diffusion model learns to turn noise into images, step by step. Nothing here needs these drawings; they "
-        "show whether the model has understood its images before others learn from it."
-    )
-    return Section("What the diffusion model draws", [Text(text), *blocks])
-
-
-def _sample_picture(entry: Entry, run: Run) -> Picture:
-    pixels = base64.b64encode((run.path / "samples" / "grid.png").read_bytes()).decode()
-    recipe = entry.recipe
-    count, source = recipe.get("evaluate", {}).get("samples"), recipe.get("data", {}).get("source", "its data")
-    what = f"{count or 'Some'} images drawn by {entry.label} (seed {run.seed}) after {run.step:,} training steps"
-    return Picture(
-        alt=f"{what}, in a grid. It was trained on: {source}.",
-        caption=f"{what}. Not selected.",
-        source=f"data:image/png;base64,{pixels}",
-    )
-
-
-Points = dict[str, dict[int, tuple[float, float]]]
-
-
-def sweep_points(entry: Entry) -> tuple[Points, tuple[float, float] | None]:
-    """Per tap and timestep, and for raw pixels: mean and standard deviation over label draws and seeds."""
-    found: dict[tuple[str, int | None], list[tuple[float, float]]] = {}
-    for result in entry.results():
-        for row in result.get("rows", []):
-            found.setdefault((row["tap"], row["timestep"]), []).append((row["mean"], row["sd"]))
-    taps: Points = {}
-    for (tap, timestep), values in found.items():
-        if timestep is not None:
-            taps.setdefault(tap, {})[timestep] = _pooled(values)
-    pixels = next((_pooled(v) for (_, timestep), v in found.items() if timestep is None), None)
-    return taps, pixels
-
-
-def _pooled(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    mean = fmean(m for m, _ in values)
-    return mean, fmean(s**2 + (m - mean) ** 2 for m, s in values) ** 0.5
-
-
-def best_point(taps: Points) -> tuple[str, int, float]:
-    """(tap, timestep, mean) of the highest point."""
-    return max(((tap, t, m) for tap, points in taps.items() for t, (m, _) in points.items()), key=lambda p: p[2])
-
-
-def sweep(entry: Entry, student_taps: Sequence[str] = ()) -> Section | None:
-    """What can be read from a diffusion model, place by place and timestep by timestep."""
-    taps, pixels = sweep_points(entry)
-    if not taps:
-        return None
-    grid = entry.recipe.get("sweep", {})
-    labels = f"{grid['labels']:,}" if grid.get("labels") else "all"
-    explained = (
-        f"Inside the network an image becomes many numbers, its features. Here they are read at {len(taps)} places "
-        f"(taps) and after telling the network how noisy to take the image for: the timestep t, 0 for clean. A linear "
-        f"probe, the simplest classifier there is, gets {labels} labelled images and has to name the rest. The better "
-        f"it does, the more useful the features."
-    )
-    split = grid.get("split", "test")
-    warning = (
-        f"Measured on the {split} images: choosing a tap or timestep from this picture and then reporting results on "
-        f"the same images would flatter them."
-    )
-    picture = Picture(_sweep_alt(taps, pixels), _sweep_caption(entry, taps, pixels, student_taps), _draw(taps, pixels))
-    return Section("Where the knowledge sits", [Text(explained), picture, Text(warning, "note")])
-
-
-def _draw(taps: Points, pixels: tuple[float, float] | None) -> pictures.Markup:
-    return pictures.sweep_chart(taps, pixels)
-
-
-def _sweep_alt(taps: Points, pixels: tuple[float, float] | None) -> str:
-    lines = [f"{tap}: " + ", ".join(f"t={t} {m:.1f}" for t, (m, _) in points.items()) for tap, points in taps.items()]
-    raw = f" Raw pixels: {pixels[0]:.1f}." if pixels else ""
-    return "Linear-probe accuracy in percent against the timestep, one line per tap. " + "; ".join(lines) + "." + raw
-
-
-def _sweep_caption(entry: Entry, taps: Points, pixels: tuple[float, float] | None, student_taps: Sequence[str]) -> str:
-    tap, timestep, mean = best_point(taps)
-    said = [f"Best of {sum(map(len, taps.values()))} points: {tap} at t = {timestep}, {mean:.1f} %."]
-    if pixels:
-        said.append(f"The raw pixels, without any network, give {pixels[0]:.1f} % (dashed).")
-    for own in (t for t in student_taps if t in taps):
-        _, timestep, mean = best_point({own: taps[own]})
-        said.append(f"At {own}, where the students learn from, the best is t = {timestep} ({mean:.1f} %).")
-    draws = entry.recipe.get("sweep", {}).get("draws", 1)
-    over = f"{draws} draws of labelled images" + (f" and {len(entry.results())} seeds" if len(entry.runs) > 1 else "")
-    return " ".join([*said, f"Bands: one standard deviation over {over}."])
-
-
-def looks(entry: Entry) -> pictures.Looks | None:
-    """Mean over seeds of a policy's logged probabilities, at the steps all seeds logged; None without any."""
-    logs = [{m["step"]: m["policy_probs"] for m in run.metrics if m.get("policy_probs")} for run in entry.runs]
-    logs = [log for log in logs if log]
-    steps = sorted(set.intersection(*map(set, logs))) if logs else []
-    timesteps = entry.recipe.get("method", {}).get("timestep", {}).get("values", [])
-    if not steps or len(logs[0][steps[0]]) != len(timesteps):
-        return None
-    probs = {s: [fmean(column) for column in zip(*(log[s] for log in logs), strict=True)] for s in steps}
-    order = sorted(range(len(timesteps)), key=timesteps.__getitem__)
-    return pictures.Looks(
-        entry.label, [timesteps[i] for i in order], {s: [p[i] for i in order] for s, p in probs.items()}
-    )
-
-
-def policies(entries: Sequence[Entry], sweep_entry: Entry | None = None) -> Section | None:
-    """Where learned policies look, over time."""
-    found = [(entry, one) for entry in entries if (one := looks(entry)) is not None]
-    if not found:
-        return None
-    text = (
-        "A policy is a small network that picks, for each image, the timestep whose features the student should "
-        "imitate. It is rewarded when a small classifier can name the image from those features. It begins without a "
-        "preference; a bonus for trying everything fades while it learns."
-    )
-    caption = (
-        "Left: the average probability of each timestep while training goes on, darker is more. Right: the last "
-        "value logged."
-    )
-    chart = pictures.policy_chart([one for _, one in found])
-    said = [look_sentence(entry, one, sweep_entry) for entry, one in found]
-    return Section("Where the policy looks", [Text(text), Picture(" ".join(said), caption, chart), Notes(said)])
-
-
-def early_mass(probs: Sequence[float], timesteps: Sequence[int]) -> float:
-    """Percent of the probability on t <= EARLY."""
-    return 100 * sum(p for p, t in zip(probs, timesteps, strict=True) if t <= EARLY)
-
-
-def look_sentence(entry: Entry, one: pictures.Looks, sweep_entry: Entry | None) -> str:
-    """Mass on small t at the end, against no preference; where it peaks, against the sweep's best."""
-    final = one.probs[max(one.probs)]
-    peak = max(range(len(final)), key=final.__getitem__)
-    even = 100 * sum(t <= EARLY for t in one.timesteps) / len(one.timesteps)
-    text = (
-        f"{one.label}: at the end {early_mass(final, one.timesteps):.0f} % of its choices fall on t ≤ {EARLY} (no "
-        f"preference would give {even:.0f} %); most often t = {one.timesteps[peak]} ({100 * final[peak]:.0f} %)."
-    )
-    tap, taps = entry.recipe.get("method", {}).get("tap"), sweep_points(sweep_entry)[0] if sweep_entry else {}
-    if tap in taps:
-        _, best, mean = best_point({tap: taps[tap]})
-        text += f" The sweep's best at the same tap is t = {best} ({mean:.1f} %)."
-    return text
 
 
 def curve(entry: Entry, key: str) -> pictures.Curve | None:
@@ -183,10 +26,17 @@ def curve(entry: Entry, key: str) -> pictures.Curve | None:
     return pictures.Curve(entry.short, steps, [fmean(found[s]) for s in steps]) if steps else None
 
 
+KINDS = {
+    "denoiser": "diffusion model",
+    "repfusion": "distillation (RepFusion)",
+    "finetune": "fine-tuning",
+    "probe": "probe of a diffusion model",
+    "features": "stored features",
+}
 WORDS = {
     "repfusion": "How far the students' features are from those they imitate (kd_loss). Curves of different timesteps "
     "have different targets, so a lower one is not a better student.",
-    "finetune": "Cross-entropy on the few labelled images. It goes to nothing because these images are learned by "
+    "finetune": "Cross-entropy on the labelled training images. Near zero means that these images are learned by "
     "heart; only the test images tell what that is worth.",
     "denoiser": "How badly the diffusion model guesses the noise that was added to an image (mean squared error).",
 }
@@ -199,7 +49,7 @@ def curves(entries: Sequence[Entry]) -> Section | None:
         panels: dict[str, list[pictures.Curve]] = {}
         for entry in entries:
             if entry.kind == kind and (found := curve(entry, LOSS.get(kind, "loss"))) is not None:
-                panels.setdefault(entry.student or kind, []).append(found)
+                panels.setdefault(entry.student or KINDS[kind], []).append(found)
         if panels:
             blocks.append(_curves_picture(kind, panels))
     return Section("Learning curves", blocks) if blocks else None
@@ -238,12 +88,23 @@ def budget_cells(entry: Entry) -> list[str]:
     ]
 
 
+def labels_text(entry: Entry) -> str:
+    """``50: task head, policy``; ``none``."""
+    results = entry.results()
+    if not results:
+        return MISSING
+    by_count: dict[int, list[str]] = {}
+    for part, count in (results[0].get("labels_seen") or {}).items():
+        by_count.setdefault(count, []).append(part)
+    return "; ".join(f"{count:,}: {', '.join(parts)}" for count, parts in by_count.items()) or "none"
+
+
 def licences(entries: Sequence[Entry]) -> Section:
     """Of data and weights; a non-commercial one is said first."""
     owners = _gathered(entries, lambda r: r.get("licence"))
     data = _gathered(entries, lambda r: (r.get("data") or {}).get("licence"))
-    rows = [("Data", text, listed(names)) for text, names in data.items()]
-    rows += [("Weights", text, listed(names)) for text, names in owners.items()]
+    rows = [("Data", text, grouped(names, entries)) for text, names in data.items()]
+    rows += [("Weights", text, grouped(names, entries)) for text, names in owners.items()]
     if not rows:
         return Section("Licences", [Text("No finished run has recorded a licence yet.")])
     closed = [text for text in (*data, *owners) if is_non_commercial(text)]
@@ -289,9 +150,17 @@ def differences(entries: Sequence[Entry]) -> list[Block]:
         shared = [(k, alike[0][1].get(k, "none")) for k in keys if len({s.get(k, "none") for _, s in alike}) == 1]
         rows = [row for k in keys if k not in dict(shared) for row in _by_value(k, alike)]
         if rows:
-            blocks.append(Table(f"{kind}: where settings differ", ("Setting", "Value", "In"), rows, True))
-        title = f"{kind}: {'all settings' if len(alike) == 1 else f'settings all {len(alike)} share'} ({len(shared)})"
-        blocks.append(Folded(title, [Table(kind, ("Setting", "Value"), shared, True)]))
+            blocks.append(
+                Table(
+                    f"{KINDS.get(kind, kind).capitalize()}: where settings differ",
+                    ("Setting", "Value", "In"),
+                    rows,
+                    True,
+                )
+            )
+        name = KINDS.get(kind, kind).capitalize()
+        title = f"{name}: {'all settings' if len(alike) == 1 else f'settings all {len(alike)} share'} ({len(shared)})"
+        blocks.append(Folded(title, [Table(name, ("Setting", "Value"), shared, True)]))
     return blocks
 
 
@@ -299,4 +168,15 @@ def _by_value(key: str, alike: Sequence[tuple[str, Mapping[str, str]]]) -> list[
     owners: dict[str, list[str]] = {}
     for label, settings in alike:
         owners.setdefault(settings.get(key, "none"), []).append(label)
-    return [(key, value, listed(labels)) for value, labels in owners.items()]
+    return [(key, value, grouped(labels)) for value, labels in owners.items()]
+
+
+def grouped(labels: Sequence[str], all_: Sequence[Entry] = ()) -> str:
+    """Names of entries, the student said once: ``teacher; CNN: untrained · uniform t``; or ``all``."""
+    if len(all_) > 1 and {e.label for e in all_ if e.results()} == set(labels):
+        return "all"
+    by_student: dict[str, list[str]] = {}
+    for label in labels:
+        student, colon, short = label.partition(":")
+        by_student.setdefault(student if colon else "", []).append(short.strip() if colon else label)
+    return "; ".join((f"{s}: " if s else "") + " · ".join(names) for s, names in by_student.items())

@@ -40,7 +40,7 @@ def save(
         (aside / "state.json").write_text(
             json.dumps({"version": VERSION, "step": step, **note}, indent=2, allow_nan=False) + "\n"
         )
-    for old in _all(folder)[:-KEPT]:
+    for old in [*_all(folder)[:-KEPT], *folder.glob(".step-*")]:  # the lock is ours: hidden ones are a killed writer's
         shutil.rmtree(old, ignore_errors=True)
     return target
 

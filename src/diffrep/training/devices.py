@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.errors import UserError
 
@@ -30,9 +30,30 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
         )
     except ImportError as error:
         raise UserError(f"train.track: {error}; install it with: pip install 'diffrep[trackers]'") from None
-    if track:
-        made.init_trackers("diffrep")
+    missing = [name for name in track if name not in made.log_with]  # accelerate leaves them out in silence
+    if missing:
+        raise UserError(
+            f"train.track: '{missing[0]}' is not installed; install it with: pip install 'diffrep[trackers]'"
+        )
     return made
+
+
+def agreed(accelerator: Accelerator, wish: bool) -> bool:
+    """Whether any process wishes to stop: each for itself, they would stop at different steps."""
+    if accelerator.num_processes == 1:
+        return wish
+    return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device)).item())
+
+
+def gathered(accelerator: Accelerator, pending: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of each logged part the values of all steps, (steps, ...), as their mean over the processes."""
+    return {n: accelerator.reduce(torch.stack([parts[n] for parts in pending]), "mean") for n in pending[0]}
+
+
+def non_finite_weight(method: nn.Module, position: int) -> tuple[str, int, str] | None:
+    """Like :func:`first_non_finite`, of what is trained: a finite loss may have an infinite gradient."""
+    names = (name for name, value in method.named_parameters() if not torch.isfinite(value).all())
+    return next(((f"weight {name}", position, "not finite") for name in names), None)
 
 
 def first_non_finite(parts: dict[str, Tensor]) -> tuple[str, int, str] | None:

@@ -39,11 +39,12 @@ class RunDir:
         found = self.path / RECIPE
         if found.exists() and found.read_text(encoding="utf-8") != recipe_yaml:
             raise UserError(f"{self.path} belongs to another recipe (see its {RECIPE}); choose another --out")
-        if not found.exists() and self.path.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+        # Hidden files are the lock and what a killed writer left behind.
+        if not found.exists() and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
         if self.writes:
+            write_atomic(found, recipe_yaml)  # first: by it a run that was killed here is known again
             write_json(self.path / ENVIRONMENT, environment())
-            write_atomic(found, recipe_yaml)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines; a line cut off by a kill is dropped."""
@@ -100,7 +101,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of diffrep's own checkout; None for an installed package."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
+    if not (here.parents[1] / ".git").exists():  # else git would find the repository around a virtual environment
+        return None
     try:
         found = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True

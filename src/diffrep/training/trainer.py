@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from diffrep.errors import Interrupted, RunError, UserError
 from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.training import checkpoint
-from diffrep.training.devices import accelerator, first_non_finite
+from diffrep.training.devices import accelerator, agreed, first_non_finite, gathered, non_finite_weight
 from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
 from diffrep.training.run import RunDir
 
@@ -67,13 +66,14 @@ class Trainer:
             RunError: a loss was not finite: step, term and last good checkpoint are named.
         """
         step, steps = self.resume(), self.config.steps
+        self.accelerator.init_trackers("diffrep")
         self.method.train()
         began = time.process_time() - self.seconds
         while step < steps:
             self.step(step)
             step += 1
             self.seconds = time.process_time() - began
-            stopping = stop() and step < steps
+            stopping = agreed(self.accelerator, stop()) and step < steps
             if step % self.config.log_every == 0 or step == steps or stopping:
                 self.log(step)
             if step % self.config.checkpoint_every == 0 or step == steps or stopping:
@@ -114,11 +114,11 @@ class Trainer:
     def log(self, step: int) -> None:
         """Write the mean of each part since the last line; the only place that waits for the device."""
         first = step - len(self.pending)
-        stacked = {name: torch.stack([sums[name] for sums in self.pending]) for name in self.pending[0]}
+        stacked = gathered(self.accelerator, self.pending)
         self.pending = []
-        if bad := first_non_finite(stacked):
+        if bad := first_non_finite(stacked) or non_finite_weight(self.method, step - first - 1):
             raise self.not_finite(bad[0], first + bad[1] + 1, bad[2])
-        means = {n: self.accelerator.reduce(v.mean(0), "mean").tolist() for n, v in stacked.items()}
+        means = {n: v.mean(0).tolist() for n, v in stacked.items()}
         lr = self.optimizer.param_groups[0]["lr"]
         self.run.log({"step": step, **means, "lr": lr, "cpu_seconds": round(self.seconds, 3)})
         self.accelerator.log({n: v for n, v in means.items() if isinstance(v, float)} | {"lr": lr}, step=step)

@@ -1,0 +1,92 @@
+"""What beats what: the policy against its rivals, fine-tuning against scratch, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffrep.report.numbers import MINUS, Paired, paired, score_words
+from diffrep.report.page import Folded, Notes, Section, Table, Text
+from diffrep.report.values import Entry, Study, role
+
+RIVALS = ("uniform", "uniform_each", "fixed", "random", "untrained")  # what a policy is held against
+ASKED = ("uniform", "uniform_each", "fixed", "scratch")  # rivals worth a sentence
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison: ``ours`` minus ``rival`` by one score."""
+
+    student: str
+    ours: Entry
+    rival: Entry
+    score: str
+    found: Paired
+
+    def title(self, sign: str) -> str:
+        return f"{self.ours.short} {sign} {self.rival.short}"
+
+
+def pairs(study: Study) -> list[Pair]:
+    """Every comparison the arms allow, student by student."""
+    return [pair for student in study.students for pair in _pairs(study, student)]
+
+
+def _pairs(study: Study, student: str) -> list[Pair]:
+    roles, name = study.by_role(student), study.metric() or ""
+    wanted = [(p, r, name) for p in roles.get("policy", []) for key in RIVALS for r in roles.get(key, [])]
+    for score in dict.fromkeys([name, "top1"]):
+        wanted += [(t, s, score) for t in roles.get("tuned", []) for s in roles.get("scratch", [])]
+    images = study.test_images()
+    return [
+        Pair(student, ours, rival, score, found)
+        for ours, rival, score in wanted
+        if (found := paired(ours.score(score), rival.score(score), images)) is not None
+    ]
+
+
+def findings(study: Study) -> Section | None:
+    """Sentences for the questions that matter, and all comparisons behind them."""
+    found = pairs(study)
+    if not found:
+        return None
+    seeds = min(len(pair.found.differences) for pair in found)
+    opening = (
+        "One seed hints; it does not decide. Differences in points of the score:"
+        if seeds == 1
+        else "Mean difference in points over the seeds, ± its standard deviation (number of seeds):"
+    )
+    note = (
+        f"{len(found)} comparisons stand here; of twenty without any true difference, one would look like one. "
+        f"Differences are taken within a seed: same labelled images, same diffusion model."
+    )
+    table = Table("First arm minus second, in points", ("", "difference", "reading"), _rows(study, found), True)
+    return Section("What beats what", [Text(opening), Notes(verdicts(study)), Folded(ALL, [table]), Text(note, "note")])
+
+
+ALL = "All comparisons, one by one"
+
+
+def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for student in study.students:
+        rows += [[student]] if student else []
+        for pair in (p for p in found if p.student == student):
+            which = "" if pair.score == study.metric() else f" ({score_words(pair.score)})"
+            rows.append([pair.title(MINUS) + which, pair.found.shown(), pair.found.reading()])
+    return rows
+
+
+def verdicts(study: Study) -> list[str]:
+    """A sentence per question, with the answer of every student."""
+    answers: dict[str, list[str]] = {}
+    for pair in pairs(study):
+        if role(pair.rival, study.entries) in ASKED:
+            question = f"{_sentence(pair.title('against'))} ({score_words(pair.score).partition(',')[0]})"
+            who = f"{pair.student} " if pair.student else ""
+            answers.setdefault(question, []).append(f"{who}{pair.found.shown()}, {pair.found.word()}")
+    return [f"{question}: {'; '.join(said)}." for question, said in answers.items()]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

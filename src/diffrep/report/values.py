@@ -1,0 +1,226 @@
+"""What a report works with: runs, entries (one recipe over its seeds), studies. Plain values, read from run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STAGE = "stage:"
+SILENT = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs")  # change no result
+NO_SCORE = ("test_images",)  # stands among the scores and is none
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. result: None while it is not finished."""
+
+    path: Path
+    recipe: dict[str, Any]
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe.get("seed", 0))
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
+
+    def state(self) -> str:
+        """``finished``, or how far it came."""
+        if self.result is not None:
+            return "finished"
+        steps = self.recipe.get("train", {}).get("steps")
+        return f"unfinished, step {self.step:,} of {steps:,}" if steps else "unfinished"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What gets one row: the runs of one recipe over all its seeds.
+
+    Attributes:
+        label: what the row is called; the part before a colon names the student it is grouped under.
+        recipe: settings, with references as ``stage:NAME`` inside a study.
+        needs: names of the entries it builds on.
+        scores: seed -> score name -> percent (and ``test_images``).
+        num_seeds: how many runs there will be.
+    """
+
+    name: str
+    label: str
+    recipe: dict[str, Any]
+    runs: tuple[Run, ...] = ()
+    needs: tuple[str, ...] = ()
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    num_seeds: int = 1
+
+    @property
+    def kind(self) -> str:
+        """``denoiser``, ``repfusion``, ``finetune``, ``probe``, ``features``."""
+        kind = str(self.recipe.get("kind", "recipe"))
+        return str(self.recipe.get("method", {}).get("kind", kind)) if kind == "recipe" else kind
+
+    @property
+    def student(self) -> str:
+        return self.label.partition(":")[0].strip() if ":" in self.label else ""
+
+    @property
+    def short(self) -> str:
+        """The label without its student."""
+        return self.label.partition(":")[2].strip() if ":" in self.label else self.label
+
+    def results(self) -> list[dict[str, Any]]:
+        return [run.result for run in self.runs if run.result is not None]
+
+    def values(self, key: str) -> list[float]:
+        """A number of ``result.json`` over the seeds, where it stands there."""
+        return [r[key] for r in self.results() if isinstance(r.get(key), int | float)]
+
+    def score(self, name: str) -> dict[int, float]:
+        return {seed: s[name] for seed, s in self.scores.items() if isinstance(s.get(name), int | float)}
+
+    def state(self) -> str:
+        """``finished``, or what is missing. Scores without a folder come from recorded evidence."""
+        done = max(len(self.results()), len(self.scores))
+        if done >= self.num_seeds:
+            return "finished"
+        if self.num_seeds > 1:
+            return f"{done} of {self.num_seeds} seeds"
+        return self.runs[0].state() if self.runs else "not started"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study folder, every stage an entry; ``arms`` are those it compares."""
+
+    path: Path
+    recipe: dict[str, Any]
+    result: dict[str, Any] | None
+    environment: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", self.path.name))
+
+    @property
+    def arms(self) -> list[Entry]:
+        found = {entry.name: entry for entry in self.entries}
+        return [found[name] for name in self.recipe.get("arms", {}) if name in found]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [int(seed) for seed in self.recipe.get("seeds", [0])]
+
+    @property
+    def students(self) -> list[str]:
+        """Whom the arms are grouped by, in order; an empty name for arms without one."""
+        return list(dict.fromkeys(arm.student for arm in self.arms))
+
+    def unfinished(self) -> list[Entry]:
+        """What is still to come; nothing once the study has its result."""
+        return [e for e in self.entries if e.state() != "finished"] if self.result is None else []
+
+    def metric(self) -> str | None:
+        """The score the study is about; without one named, the first that an arm has."""
+        names = [n for arm in self.arms for scores in arm.scores.values() for n in scores if n not in NO_SCORE]
+        return self.recipe.get("headline") or next(iter(names), None)
+
+    def by_role(self, student: str) -> dict[str, list[Entry]]:
+        """One student's arms by what they are there for."""
+        found: dict[str, list[Entry]] = {}
+        for arm in (a for a in self.arms if a.student == student):
+            found.setdefault(role(arm, self.entries), []).append(arm)
+        return found
+
+    def test_images(self) -> int:
+        """How many images the scores are measured on; 0 when unknown."""
+        counts = [s["test_images"] for arm in self.arms for s in arm.scores.values() if s.get("test_images")]
+        return int(min(counts)) if counts else 0
+
+
+def entry_of(label: str, runs: Sequence[Run]) -> Entry:
+    """Runs of one recipe, outside a study."""
+    ordered = tuple(sorted(runs, key=lambda run: run.seed))
+    scores = {run.seed: run.result.get("scores", {}) for run in ordered if run.result}
+    return Entry(label, label, settings(ordered[0]), ordered, (), scores, len(ordered))
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """A run's recipe with folders of other stages shortened to their name, without the seed at its end."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, str):
+            return _shortened(value, run.seed)
+        if isinstance(value, Mapping):
+            return {str(k): short(v) for k, v in value.items()}
+        return [short(v) for v in value] if isinstance(value, list) else value
+
+    return short({k: v for k, v in run.recipe.items() if k != "seed"})
+
+
+def _shortened(text: str, seed: int) -> str:
+    head, colon, path = text.rpartition(":")
+    if not path.startswith("/"):
+        return text
+    return f"{head}{colon}{Path(path).name.removesuffix(f'-s{seed}')}"
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted name: printed value}, without what cannot change a result."""
+    if isinstance(value, Mapping) and value:
+        items = {k: v for k, v in value.items() if prefix or k not in SILENT}
+        return {k: v for key, inner in items.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): _printed(value)}
+
+
+def _printed(value: Any) -> str:
+    if value is None or value == {} or value == []:
+        return "none"
+    return ", ".join(map(_printed, value)) if isinstance(value, list) else str(value)
+
+
+def references(value: Any) -> list[str]:
+    """The stages that a stage's settings name, each once."""
+    if isinstance(value, str):
+        text = value.removeprefix("random:")
+        return [text.removeprefix(STAGE)] if text.startswith(STAGE) else []
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return list(dict.fromkeys(name for v in inner for name in references(v)))
+
+
+def builds_on(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
+    """Everything ``entry`` needs, through all generations, in the order of ``entries``."""
+    found, open_ = set[str](), list(entry.needs)
+    by_name = {e.name: e for e in entries}
+    while open_:
+        if (name := open_.pop()) not in found and name in by_name:
+            found.add(name)
+            open_ += by_name[name].needs
+    return [e for e in entries if e.name in found]
+
+
+def role(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What an arm is there for: untrained, random, policy, uniform, uniform_each, fixed, scratch, tuned or other."""
+    method = entry.recipe.get("method", {})
+    if entry.kind == "finetune":
+        return "tuned" if method.get("init") else "scratch"
+    if entry.kind != "repfusion":
+        return "other"
+    if entry.recipe.get("train", {}).get("steps") == 0:
+        return "untrained"
+    teachers = [method.get("teacher"), *(e.recipe.get("teacher") for e in entries if e.name in _hints(method))]
+    if any(str(t).startswith("random:") for t in teachers):
+        return "random"
+    select = method.get("timestep", {}).get("select")
+    spread = "uniform_each" if method.get("standardise") == "per_timestep" else "uniform"
+    return {"policy": "policy", "fixed": "fixed"}.get(str(select), spread)
+
+
+def _hints(method: Mapping[str, Any]) -> list[str]:
+    return references(method.get("features"))
