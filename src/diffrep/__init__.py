@@ -10,12 +10,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffrep.api import evaluate as evaluate
     from diffrep.api import features as features
+    from diffrep.api import load_data as load_data
     from diffrep.api import load_teacher as load_teacher
     from diffrep.api import probe as probe
     from diffrep.api import report as report
     from diffrep.api import run as run
     from diffrep.api import show as show
-    from diffrep.data.datasets import load_data as load_data
 
 _HOMES = dict.fromkeys(("evaluate", "features", "load_teacher", "probe", "report", "run", "show"), "diffrep.api")
 _HOMES["load_data"] = "diffrep.data.datasets"
@@ -24,10 +24,6 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'diffrep' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+    return getattr(import_module("diffrep.api"), name)

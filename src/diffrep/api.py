@@ -13,6 +13,8 @@ from typing import Any
 from diffrep.assemble import estimate, train
 from diffrep.config import validate
 from diffrep.console import progress
+from diffrep.data import datasets
+from diffrep.data.datasets import DataConfig, ImageSet, Split
 from diffrep.errors import UserError
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
@@ -21,7 +23,7 @@ from diffrep.rehearsal import rehearse
 from diffrep.stages import default_device, run_task
 from diffrep.studies import check_jobs, run_study
 
-__all__ = ["dry_run", "evaluate", "features", "load_teacher", "probe", "recipes", "report", "run", "show"]
+__all__ = ["dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes", "report", "run", "show"]
 
 
 def run(
@@ -161,7 +163,6 @@ def evaluate(
         labels: label counts for the linear probe and the neighbours; () uses all training labels.
         seed: which class-balanced draw of labelled images.
     """
-    from diffrep.data.datasets import DataConfig, load_data
     from diffrep.evaluation.classify import EvaluateConfig, load_student, student_scores
 
     values = {"source": data, "image_size": image_size}
@@ -170,6 +171,12 @@ def evaluate(
     student = load_student(model)
     train_split, test_split = load_data(config, "train"), load_data(config, "test")
     return student_scores(student, train_split, test_split, wanted, seed, default_device())
+
+
+def load_data(data: str | DataConfig, split: Split = "train") -> ImageSet:
+    """One split of a data reference such as ``digits`` or ``folder:PATH``."""
+    config = validate(DataConfig, {"source": data}, "load_data") if isinstance(data, str) else data
+    return datasets.load_data(config, split)
 
 
 def report(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:

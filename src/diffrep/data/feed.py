@@ -25,6 +25,10 @@ class Feed:
         self.augmentation = augmentation(config.augment)
         self.num_labelled = round((config.labelled_share or 0) * batch_size)
 
+    def to(self, device: torch.device) -> None:
+        """Bring a small set to where it will be augmented."""
+        self.images.to(device)
+
     def index(self, step: int) -> Tensor:
         """The global batch of ``step``, (B,) int64: first the share drawn from the labelled images, then the rest."""
         rest = self.batch_size - self.num_labelled
@@ -50,7 +54,7 @@ class Feed:
         labels = self.images.labels
         return Batch(
             images=pixels.to(torch.float32) / 255,
-            labels=None if labels is None else labels[index].to(device),
+            labels=None if labels is None else labels[index.to(labels.device)].to(device),
             index=index.to(device),
             view=shown,
         )

@@ -67,6 +67,7 @@ def write_features(
     settings = store_settings(teacher, config, num_images, num_views, source, seed)
     if (folder / MANIFEST).exists():
         return _same(read_json(folder / MANIFEST), settings, folder)
+    teacher.checked_timestep(torch.tensor(config.timesteps), torch.empty(len(config.timesteps)))
     shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

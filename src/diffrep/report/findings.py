@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffrep.report.numbers import MINUS, Paired, paired, score_words
+from diffrep.report.numbers import MINUS, Paired, paired, score_words, sentence
 from diffrep.report.page import Folded, Notes, Section, Table, Text
 from diffrep.report.values import Entry, Study, role
 
@@ -77,16 +77,12 @@ def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
     return rows
 
 
-def verdicts(study: Study) -> list[str]:
-    """A sentence per question, with the answer of every student."""
+def verdicts(study: Study) -> list[tuple[str, str]]:
+    """(question, answer) each, with the answer of every student."""
     answers: dict[str, list[str]] = {}
     for pair in pairs(study):
         if role(pair.rival, study.entries) in ASKED:
-            question = f"{_sentence(pair.title('against'))} ({score_words(pair.score).partition(',')[0]})"
+            question = f"{sentence(pair.title('against'))} ({score_words(pair.score).partition(',')[0]})"
             who = f"{pair.student} " if pair.student else ""
-            answers.setdefault(question, []).append(f"{who}{pair.found.shown()}, {pair.found.word()}")
-    return [f"{question}: {'; '.join(said)}." for question, said in answers.items()]
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+            answers.setdefault(question, []).append(f"{who}{pair.found.shown()} ({pair.found.word()})")
+    return [(question, f"{'; '.join(said)}.") for question, said in answers.items()]

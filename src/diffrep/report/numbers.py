@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-MISSING, MINUS = "\u2013", "\u2212"
+MISSING, MINUS, SPACE = "\u2013", "\u2212", "\u00a0"
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond the table 2.0.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
@@ -26,7 +26,7 @@ def shown(values: Sequence[float], digits: int = 1) -> str:
 
 
 def percent(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f} %" if values else "not known yet"
+    return f"{fmean(values):.1f}{SPACE}%" if values else "not known yet"
 
 
 def average(values: Sequence[float], form: str = "{:,.0f}") -> str:
@@ -130,3 +130,8 @@ def labels_in(name: str) -> int | None:
 def listed(items: Sequence[str]) -> str:
     """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def sentence(text: str) -> str:
+    """The first letter large, the others as they are."""
+    return text[:1].upper() + text[1:]

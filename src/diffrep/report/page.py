@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Notes:
-    """A list of sentences."""
+    """A list of (name, text), the name in bold."""
 
     block: ClassVar[str] = "notes"
-    items: Sequence[str]
+    rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -109,4 +110,11 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    room.filters["breakable"] = breakable
     return room.get_template("template.html.j2").render(page=page)
+
+
+def breakable(text: str) -> Markup:
+    """``text`` escaped, with leave to break long names after ``_``, ``.`` and ``/``."""
+    safe = str(escape(text))
+    return Markup(re.sub(r"(?<=[^\s\d][_./])(?=\S)", "<wbr>", safe))

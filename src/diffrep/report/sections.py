@@ -8,7 +8,7 @@ from statistics import fmean
 
 from diffrep.console import duration
 from diffrep.report import pictures
-from diffrep.report.numbers import MISSING, average, compact, listed
+from diffrep.report.numbers import MISSING, average, compact, listed, sentence
 from diffrep.report.page import Bars, Block, Folded, Picture, Section, Table, Text
 from diffrep.report.values import Entry, flat
 
@@ -152,13 +152,13 @@ def differences(entries: Sequence[Entry]) -> list[Block]:
         if rows:
             blocks.append(
                 Table(
-                    f"{KINDS.get(kind, kind).capitalize()}: where settings differ",
+                    f"{sentence(KINDS.get(kind, kind))}: where settings differ",
                     ("Setting", "Value", "In"),
                     rows,
                     True,
                 )
             )
-        name = KINDS.get(kind, kind).capitalize()
+        name = sentence(KINDS.get(kind, kind))
         title = f"{name}: {'all settings' if len(alike) == 1 else f'settings all {len(alike)} share'} ({len(shared)})"
         blocks.append(Folded(title, [Table(name, ("Setting", "Value"), shared, True)]))
     return blocks

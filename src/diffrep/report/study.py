@@ -7,7 +7,17 @@ from statistics import fmean
 
 from diffrep.report import pictures, sections, teachers
 from diffrep.report.findings import findings
-from diffrep.report.numbers import MISSING, binomial_se, compact, labels_in, listed, percent, score_words, shown
+from diffrep.report.numbers import (
+    MISSING,
+    binomial_se,
+    compact,
+    labels_in,
+    listed,
+    percent,
+    score_words,
+    sentence,
+    shown,
+)
 from diffrep.report.page import Block, Commands, Notes, Page, Picture, Section, Table, Text
 from diffrep.report.sections import labels_text
 from diffrep.report.values import NO_SCORE, Entry, Study, builds_on, role
@@ -57,7 +67,7 @@ def _student_sentence(study: Study, student: str) -> str | None:
     opening = f"With {labels:,} labels, {_deed(hero, study)}" if labels else _deed(hero, study)
     over = f", mean of {seeds} seeds" if seeds > 1 else ""
     score = f"scores {_percent(hero, name)} by {score_words(name).partition(',')[0]}{over}."
-    return f"{opening[:1].upper()}{opening[1:]} {score}{_others(study, student, hero)}"
+    return f"{sentence(opening)} {score}{_others(study, student, hero)}"
 
 
 def _others(study: Study, student: str, hero: Entry) -> str:
@@ -153,7 +163,7 @@ def _rows_explained(study: Study) -> list[Block]:
     names: dict[str, list[str]] = {}
     for arm in study.arms:
         names.setdefault(role(arm, study.entries), []).append(arm.short)
-    said = [f"{' / '.join(dict.fromkeys(names[key]))}: {text}." for key, text in ROLES.items() if key in names]
+    said = [(" / ".join(dict.fromkeys(names[key])), f"{text}.") for key, text in ROLES.items() if key in names]
     return [Text("What the rows mean:"), Notes(said)] if said else []
 
 
@@ -162,7 +172,11 @@ def _arms_caption(study: Study, name: str) -> str:
     diamonds = any(role(arm, study.entries) == "policy" for arm in study.arms)
     marked = "Orange diamonds: the learned policy. " if diamonds else ""
     error, images = _standard_error(study, name), study.test_images()
-    close = f" With {images:,} test images one score is sure to about ± {error:.1f} points." if error else ""
+    close = (
+        f" With {images:,} test images one score is sure to about ± {error:.1f} points (standard error)."
+        if error
+        else ""
+    )
     return f"{several}{marked}The axis does not begin at zero.{close}"
 
 

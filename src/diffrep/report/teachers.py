@@ -141,8 +141,9 @@ def policies(entries: Sequence[Entry], sweep_entry: Entry | None = None) -> Sect
         "value logged."
     )
     chart = pictures.policy_chart([one for _, one in found])
-    said = [look_sentence(entry, one, sweep_entry) for entry, one in found]
-    return Section("Where the policy looks", [Text(text), Picture(" ".join(said), caption, chart), Notes(said)])
+    said = [(entry.label, look_sentence(entry, one, sweep_entry)) for entry, one in found]
+    alt = " ".join(f"{label}: {sentence}" for label, sentence in said)
+    return Section("Where the policy looks", [Text(text), Picture(alt, caption, chart), Notes(said)])
 
 
 def early_mass(probs: Sequence[float], timesteps: Sequence[int]) -> float:
@@ -156,7 +157,7 @@ def look_sentence(entry: Entry, one: pictures.Looks, sweep_entry: Entry | None) 
     peak = max(range(len(final)), key=final.__getitem__)
     even = 100 * sum(t <= EARLY for t in one.timesteps) / len(one.timesteps)
     text = (
-        f"{one.label}: at the end {early_mass(final, one.timesteps):.0f} % of its choices fall on t ≤ {EARLY} (no "
+        f"at the end {early_mass(final, one.timesteps):.0f} % of its choices fall on t ≤ {EARLY} (no "
         f"preference would give {even:.0f} %); most often t = {one.timesteps[peak]} ({100 * final[peak]:.0f} %)."
     )
     tap, taps = entry.recipe.get("method", {}).get("tap"), sweep_points(sweep_entry)[0] if sweep_entry else {}

@@ -30,7 +30,8 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
         )
     except ImportError as error:
         raise UserError(f"train.track: {error}; install it with: pip install 'diffrep[trackers]'") from None
-    missing = [name for name in track if name not in made.log_with]  # accelerate leaves them out in silence
+    found = {str(name) for name in made.log_with}  # accelerate leaves out what is not there, with a warning
+    missing = [name for name in track if name not in found]
     if missing:
         raise UserError(
             f"train.track: '{missing[0]}' is not installed; install it with: pip install 'diffrep[trackers]'"

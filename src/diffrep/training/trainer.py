@@ -52,6 +52,7 @@ class Trainer:
             raise UserError(f"train.batch_size {config.batch_size} cannot be split over {processes} processes")
         self.rows = range(self.rank, config.batch_size, processes)  # strided, so that labelled rows are shared out
         self.method, self.feed, self.config, self.optim, self.seed, self.run = method, feed, config, optim, seed, run
+        feed.to(self.accelerator.device)
         self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size)
         self.wrapped, self.stepper = self.accelerator.prepare(method, self.optimizer)
         self.ema = Ema(method, config.ema_decay) if config.ema_decay else None
