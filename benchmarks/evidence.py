@@ -29,7 +29,9 @@ def quickstart_page() -> str:
     """The table with spread, then in words what beats what, computed from paired seeds."""
     arms, names = recorded("quickstart"), quickstart().arms
     linear, neighbour = f"linear_probe_{LABELS}", f"knn_{LABELS}"
-    columns = "arm | linear probe | nearest neighbour | top-1 | steps | images | multiply-adds | CPU s | labels read in training"
+    columns = (
+        "arm | linear probe | nearest neighbour | top-1 | steps | images | multiply-adds | CPU s | labels trained on"
+    )
     head = f"| {columns} |"
     rows = [head, "|---|---|---|---|---|---|---|---|---|"]
     for stage, name in names.items():
@@ -58,8 +60,8 @@ def _opening(seeds: list[int], tested: int) -> str:
     return f"""# Quickstart: measured
 
 Made by `{COMMAND}` (`diffrep run quickstart --seeds {",".join(map(str, seeds))}`), one thread per process on a CPU.
-Percent correct on {tested} test digits that nothing else reads; mean ± standard deviation over {len(seeds)} seeds. A seed
-draws the {LABELS} labels, the diffusion model, all students and the order of images anew; within a seed all arms share
+Percent correct on {tested} test digits that nothing else reads; mean ± standard deviation over {len(seeds)} seeds. A
+seed draws the {LABELS} labels, the diffusion model, all students and the order of images anew; within a seed all arms share
 them. One score near 90 % has a binomial standard error of {error:.1f} points, so compare arms seed by seed, as below.
 The arms behind the table: `docs/results/data/quickstart-*.json`.
 
@@ -73,9 +75,8 @@ PAIRS = (
     ("policy", "random", "learned policy against a random frozen teacher"),
     ("policy", "worst", "learned policy against the worst fixed t"),
     ("policy", "uniform", "learned policy against uniform t"),
-    ("policy", "uniform_each", "learned policy against uniform t, each timestep standardised by itself"),
     ("policy", "best", "learned policy against the best fixed t"),
-    ("uniform_each", "uniform", "uniform t: each timestep standardised by itself against jointly"),
+    ("uniform", "uniform_joint", "uniform t: each timestep standardised by itself against all jointly"),
     ("best", "worst", "best fixed t against worst fixed t"),
 )
 TOP1 = (

@@ -63,7 +63,9 @@ def test_golden_reinforce_of_the_official_single_sample(golden_case):
     entropy_loss = -weight * losses.entropy(logits).mean()
     for loss, kind in ((policy_loss, "policy"), (entropy_loss, "entropy")):
         (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        torch.testing.assert_close(loss.detach(), golden_case.get(f"outputs/official_loss_{kind}"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loss.detach(), golden_case.get(f"outputs/official_loss_{kind}"), rtol=1e-5, atol=1e-6
+        )
         official = golden_case.get(f"outputs/official_grad_{kind}_logits")
         torch.testing.assert_close(grad, official, rtol=1e-5, atol=1e-6)
 

@@ -49,6 +49,8 @@ def test_the_policy_finds_the_good_region(finished):
 
 def test_only_the_few_labels_are_read(finished):
     out, _ = finished
-    seen = {arm: json.loads((out / f"{arm}-s0" / "result.json").read_text())["labels_seen"] for arm in (*ARMS, "teacher")}
+    seen = {
+        arm: json.loads((out / f"{arm}-s0" / "result.json").read_text())["labels_seen"] for arm in (*ARMS, "teacher")
+    }
     assert set(seen.pop("conv_policy").values()) == {LABELS}
     assert all(labels == {} for labels in seen.values())

@@ -61,7 +61,7 @@ def _estimate(found: dict[str, Any]) -> str:
             f"time, about       {duration(found['seconds'])} of CPU (from three steps on this machine)",
             f"memory, at least  {size(found['memory_bytes'])}",
             f"disk, about       {size(found['disk_bytes'])}",
-            *(f"licence of {what:<7}{licence}" for what, licence in found["licences"].items()),
+            *(f"licence of {what:<8}{licence}" for what, licence in found["licences"].items()),
             "nothing was written",
         ]
     )

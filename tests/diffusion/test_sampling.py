@@ -9,7 +9,7 @@ from diffrep.diffusion.sampling import clean_from_noise, ddim, guided, noise_fro
 from diffrep.diffusion.schedules import NoiseSchedule
 
 
-class Seen(Exception):
+class SeenError(Exception):
     """Ends a walk at its second call: carries what the first step gave."""
 
     def __init__(self, x):
@@ -24,14 +24,14 @@ def one_step(x, clean, schedule, step, clip):
 
     def denoiser(now, timestep):
         if calls:
-            raise Seen(now)
+            raise SeenError(now)
         calls.append(int(timestep[0]))
         alpha_bar = part.alpha_bar(torch.tensor([step]), now)
         return (now - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
 
     try:
         found = ddim(denoiser, x, part, clip)
-    except Seen as seen:
+    except SeenError as seen:
         found = seen.x
     assert calls == [int(schedule.timestep[step])]  # the network is told the ORIGINAL number
     return found

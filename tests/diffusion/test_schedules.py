@@ -121,7 +121,13 @@ def test_sections_and_strides():
     assert kept_timesteps(300, "2,3,1").tolist() == [0, 99, 100, 150, 199, 200]  # both ends of each section
     assert kept_timesteps(1000, "ddim50").tolist() == list(range(0, 1000, 20))
     assert kept_timesteps(10, "ddim4").tolist() == [0, 3, 6, 9]
-    assert NoiseSchedule.named("linear", 40).respaced("ddim10").respaced("ddim5").timestep.tolist() == [0, 8, 16, 24, 32]
+    assert NoiseSchedule.named("linear", 40).respaced("ddim10").respaced("ddim5").timestep.tolist() == [
+        0,
+        8,
+        16,
+        24,
+        32,
+    ]
 
 
 @pytest.mark.parametrize("spacing", ["0", "-3", "a", "", "5,", "ddim0", "ddimx", "1.5", "101", "60,2", "ddim99"])

@@ -265,7 +265,10 @@ def test_weights_that_do_not_fit_are_refused(copy, change, named):
         ("[]", "valid: UNet2DModel"),
         ("{", "not readable JSON"),
         ('{"_class_name": "AutoencoderKL"}', "holds a AutoencoderKL; valid: UNet2DModel"),
-        ('{"_class_name": "UNet2DModel", "down_block_types": ["Nope"], "up_block_types": ["Nope"]}', "cannot be loaded"),
+        (
+            '{"_class_name": "UNet2DModel", "down_block_types": ["Nope"], "up_block_types": ["Nope"]}',
+            "cannot be loaded",
+        ),
     ],
 )
 def test_a_config_that_is_none_is_refused(copy, config, words):

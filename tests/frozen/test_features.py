@@ -27,7 +27,9 @@ def teacher(tiny_denoiser):
 
 
 def settings(**changes):
-    return FeatureConfig(**{"taps": ("mid", "out"), "timesteps": (700, 3), "dtype": "float32", "block_size": 4} | changes)
+    return FeatureConfig(
+        **{"taps": ("mid", "out"), "timesteps": (700, 3), "dtype": "float32", "block_size": 4} | changes
+    )
 
 
 def write(folder, teacher, config=None, shown=images, seed=0, num=NUM, **options):
@@ -97,7 +99,7 @@ def test_noise_is_each_images_own_whatever_the_block(teacher, tmp_path):
 # Interruption: progress is noted every 256 blocks, so these stores have more
 
 
-class Cut(Exception):
+class CutError(Exception):
     pass
 
 
@@ -110,7 +112,7 @@ def until(blocks, asked):
 
     def shown(view, index):
         if len(asked) == blocks:
-            raise Cut
+            raise CutError
         asked.append((view, int(index[0])))
         return MANY[view, index]
 
@@ -121,7 +123,7 @@ def test_an_interrupted_store_goes_on_and_ends_as_an_uninterrupted_one(teacher, 
     config, through, asked = settings(**LONG), [], []
     whole = write(tmp_path / "whole", teacher, config, until(None, through), num=100)
     assert len(through) == 600
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         write(tmp_path / "cut", teacher, config, until(530, asked), num=100)
     assert not (tmp_path / "cut" / MANIFEST).exists()
     refused(lambda: FeatureStore(tmp_path / "cut"))
@@ -130,12 +132,16 @@ def test_an_interrupted_store_goes_on_and_ends_as_an_uninterrupted_one(teacher, 
     assert again == through[512:]  # from the last note on, nothing before it
     assert told[0] == (513, 600) and told[-1] == (600, 600)
     assert json.loads((tmp_path / "cut" / MANIFEST).read_text()) == whole
-    assert sha256_of(tmp_path / "cut" / "mid.npy") == sha256_of(tmp_path / "whole" / "mid.npy") == whole["sha256"]["mid.npy"]
+    assert (
+        sha256_of(tmp_path / "cut" / "mid.npy")
+        == sha256_of(tmp_path / "whole" / "mid.npy")
+        == whole["sha256"]["mid.npy"]
+    )
     assert not (tmp_path / "cut" / PROGRESS).exists()
 
 
 def test_a_store_cut_before_its_first_note_begins_again(teacher, tmp_path):
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         write(tmp_path, teacher, settings(**LONG), until(40, []), num=100)
     again = []
     write(tmp_path, teacher, settings(**LONG), until(None, again), num=100)
@@ -143,7 +149,7 @@ def test_a_store_cut_before_its_first_note_begins_again(teacher, tmp_path):
 
 
 def test_an_interrupted_store_with_other_settings_or_a_damaged_array_is_refused(teacher, tmp_path):
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         write(tmp_path, teacher, settings(**LONG), until(300, []), num=100)
     other = settings(**LONG | {"pool": 2})
     assert "holds other features (pool: 1, now 2)" in refused(lambda: write(tmp_path, teacher, other, num=100))

@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 SCRIPT = '''
 """Argument: where to leave each case's weights. The cases: one process's test runs the same functions."""
@@ -20,10 +20,10 @@ import os
 import sys
 from pathlib import Path
 
+import cases
 import torch
 from safetensors.torch import save_file
 
-import cases
 from diffrep.errors import Interrupted, RunError, UserError
 
 torch.set_num_threads(1)
@@ -41,21 +41,20 @@ for name, case in cases.ENDINGS.items():  # the last one closes the process grou
 CASES = '''
 import os
 
-import torch
 import tiny
 from torch import nn
 
-from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.methods.repfusion import RepFusion, RepFusionConfig, TimestepConfig
-from diffrep.methods.base import mean_over_processes
 from diffrep.models.students import StudentConfig
 from diffrep.randomness import seeded
 
+VIT = {"img_size": 4, "patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}  # layer norm only
 RANK = int(os.environ.get("RANK", "0"))
 
 
 def steps(run_dir, made, count=6, **options):
     loop = tiny.trainer(run_dir, made, tiny.SGD.model_copy(update={"group_lr": {}}), **options)
+    assert loop.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     loop.method.train()
     for step in range(count):
         loop.step(step)
@@ -91,7 +90,7 @@ def policy(run_dir):
     config = RepFusionConfig(
         teacher="python:cases:teacher",
         tap="mid",
-        student=StudentConfig(name="convnext_atto", options={"depths": [1, 1], "dims": [4, 8], "patch_size": 1}),
+        student=StudentConfig(name="vit_tiny_patch16_224", options=VIT),
         timestep=TimestepConfig(select="policy", values=(0, 500, 999), entropy_until=1.0),
     )
     with seeded(2, "policy"):
@@ -132,7 +131,7 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
-        [*TORCHRUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [*TORCHRUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=90
     )
 
 

@@ -34,6 +34,8 @@ def load_unet(reference: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]
         return _from_folder(folder)
     if not assets.looks_like_hub_id(reference):
         raise UserError(f"teacher '{reference}' is neither a folder here nor a Hub id of the form OWNER/NAME")
+    if assets.find(reference) is None and (folder.parts[0] == "runs" or folder.parent.is_dir()):
+        raise UserError(f"teacher '{reference}': no such folder here; train it first, or give a Hub id (OWNER/NAME)")
     return _from_hub(reference)
 
 

@@ -15,7 +15,7 @@ from diffrep.training.trainer import TrainConfig
 DIGITS_TIMESTEPS = (0, 25, 50, 100, 200, 300, 400, 600, 800, 950)
 CONV = StudentConfig(name="conv_small", options={"in_chans": 1})
 MLP = StudentConfig(name="mlp_small", options={"in_chans": 1, "img_size": 8})
-GREY_HINT: dict[str, Any] = {"tap": "up_blocks.1", "hint_grid": 2, "standardise": "joint"}
+GREY_HINT: dict[str, Any] = {"tap": "up_blocks.1", "hint_grid": 2, "standardise": "per_timestep"}
 
 
 def repfusion_digits_conv() -> Recipe:
@@ -23,7 +23,7 @@ def repfusion_digits_conv() -> Recipe:
     return Recipe(
         name="repfusion_digits_conv",
         about="A diffusion model of 8x8 digits teaches a 56 k-parameter CNN; the policy sees 50 labels.",
-        data=DataConfig(source="digits", augment="shift:1", labels=50, labelled_share=0.5),
+        data=DataConfig(source="digits", augment="shift:1", labels=50, labelled_share=0.25),
         method=RepFusionConfig(
             teacher="runs/denoiser_digits",
             student=CONV,

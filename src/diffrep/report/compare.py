@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from diffrep.report import pictures, sections, teachers
@@ -25,7 +27,7 @@ def compare_page(found: Sequence[Run | Study]) -> Page:
         *(teachers.sweep(e) for e in entries if e.kind == "probe"),
         teachers.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
         teachers.samples(entries),
-        Section("What was set differently", _settings(entries)),
+        Section("What was set differently" if len(entries) > 1 else "Settings", _settings(entries)),
         sections.licences(entries),
         Section("Machine", sections.environments([(e.label, r.environment) for e in entries for r in e.runs])),
     ]
@@ -44,12 +46,20 @@ def _entries(found: Sequence[Run | Study]) -> list[Entry]:
         entry_of(name if names.count(name) == 1 else _told_apart(name, runs), runs)
         for name, runs in zip(names, groups.values(), strict=True)
     ]
-    return entries + [arm for study in found if isinstance(study, Study) for arm in study.arms]
+    studies = [study for study in found if isinstance(study, Study)]
+    return entries + [a for study in studies for a in (study.arms if len(studies) == 1 else _named_arms(study))]
+
+
+def _named_arms(study: Study) -> list[Entry]:
+    """Arms of one study among several: its folder stands beside the student."""
+    folder = study.path.resolve().name
+    return [replace(arm, label=f"{arm.student or 'arms'} ({folder}): {arm.short}") for arm in study.arms]
 
 
 def _told_apart(name: str, runs: Sequence[Run]) -> str:
-    """Recipes of one name: their folders tell them apart."""
-    return f"{name} ({listed([run.path.resolve().name for run in runs])})"
+    """Recipes of one name: their folders, without the seed in them, tell them apart."""
+    folders = [re.sub(r"-s\d+(?=-|$)", "", run.path.resolve().name) for run in runs]
+    return f"{name} ({listed(list(dict.fromkeys(folders)))})"
 
 
 def _overview(entries: Sequence[Entry]) -> list[Block]:

@@ -104,7 +104,7 @@ def standalone(svg: Markup, title: str, alt: str) -> str:
 
 
 def arms_chart(rows: Sequence[Dots], unit: str, name: str = "arms") -> Markup:
-    """A row per arm: small dots for seeds, a large one for their mean, a bar for their standard deviation."""
+    """A row per arm: small dots below for seeds, a large one for their mean, a bar for their standard deviation."""
     groups = list(dict.fromkeys(row.group for row in rows))
     lines = [line for g in groups for line in ([g] if g else []) + [r for r in rows if r.group == g]]
     left = min(205.0, 14 + 6.1 * max(len(_cut(row.label)) for row in rows))
@@ -142,7 +142,7 @@ def _dots(axes: Axes, y: int, row: Dots) -> None:
     mean = fmean(row.values)
     if len(row.values) > 1:
         axes.errorbar(mean, y, xerr=stdev(row.values), color=colour, capsize=3, linewidth=1.6)
-        axes.plot(row.values, [y] * len(row.values), "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(row.values, [y + 0.3] * len(row.values), "o", color=colour, markersize=3, markeredgewidth=0)
     axes.plot(mean, y, "D" if row.marked else "o", color=colour, markersize=8, markeredgecolor="white")
     axes.annotate(f"{mean:.1f}", (1, y), (8, 0), color=INK, **beside)
 
@@ -205,7 +205,9 @@ def _heat(axes: Axes, looks: Looks) -> None:
     steps = list(looks.probs)
     grid = [[looks.probs[s][i] for s in steps] for i in range(len(looks.timesteps))]
     extent = (steps[0], max(steps[-1], steps[0] + 1), -0.5, len(grid) - 0.5)
-    axes.imshow(grid, aspect="auto", origin="lower", cmap="Blues", vmin=0, extent=extent, interpolation="nearest")
+    darkest = max(max(map(max, grid)), 2 / len(grid))  # no preference at all is half-way, not darkest
+    shown = axes.imshow(grid, aspect="auto", origin="lower", cmap="Blues", extent=extent, interpolation="nearest")
+    shown.set_clim(0, darkest)
     axes.set(xlabel="training step", ylabel="timestep t")
     every = -(-len(grid) // 12)
     axes.set_yticks(range(0, len(grid), every), [str(t) for t in looks.timesteps[::every]])

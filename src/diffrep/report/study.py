@@ -18,7 +18,7 @@ from diffrep.report.numbers import (
     sentence,
     shown,
 )
-from diffrep.report.page import Block, Commands, Notes, Page, Picture, Section, Table, Text
+from diffrep.report.page import Block, Commands, Folded, Notes, Page, Picture, Section, Table, Text
 from diffrep.report.sections import labels_text
 from diffrep.report.values import NO_SCORE, Entry, Study, builds_on, role
 
@@ -75,8 +75,8 @@ def _others(study: Study, student: str, hero: Entry) -> str:
     name, roles = study.metric() or "", study.by_role(student)
     said = []
     for key, words in OTHERS.items():
-        arms = [arm for arm in roles.get(key, []) if arm.score(name) and arm is not hero]
-        if arms:
+        arms = [arm for arm in roles.get(key, []) if arm is not hero]
+        if arms and all(arm.score(name) for arm in arms):
             arm = max(arms, key=lambda a: _mean(a, name))
             said.append(f"{_percent(arm, name)} {words.format(arm.short)}")
     return f" The same network scores {listed(said)}." if said else ""
@@ -171,13 +171,9 @@ def _arms_caption(study: Study, name: str) -> str:
     several = "Small dots are seeds, bars one standard deviation. " if len(study.seeds) > 1 else "One seed. "
     diamonds = any(role(arm, study.entries) == "policy" for arm in study.arms)
     marked = "Orange diamonds: the learned policy. " if diamonds else ""
-    error, images = _standard_error(study, name), study.test_images()
-    close = (
-        f" With {images:,} test images one score is sure to about ± {error:.1f} points (standard error)."
-        if error
-        else ""
-    )
-    return f"{several}{marked}The axis does not begin at zero.{close}"
+    error, images = _standard_error(study, name) or 0.0, study.test_images()
+    close = f"With {images:,} test images one score is sure to about ± {error:.1f} points (standard error)."
+    return f"{several}{marked}The axis does not begin at zero. {close if error else ''}".strip()
 
 
 def _standard_error(study: Study, name: str) -> float | None:
@@ -197,7 +193,7 @@ def _results(study: Study) -> Section | None:
     for title, entries in groups:
         rows += [[title]] if title and entries else []
         rows += [_row(entry, names, study) for entry in entries]
-    head = ["", *map(score_words, names), "steps", "images seen", "multiply-adds", "with what it builds on"]
+    head = ["", *map(score_words, names), "steps", "images seen", "multiply-adds", "the same with shared stages"]
     several = " Several seeds: mean ± standard deviation (number of seeds)." if len(study.seeds) > 1 else ""
     caption = f"Scores in percent; costs per seed.{several}"
     return Section("All results", [Table(caption, [*head, "CPU seconds", "labels seen"], rows), Text(READ, "note")])
@@ -264,7 +260,8 @@ def _settings(study: Study) -> Section:
     hash_ = (study.result or {}).get("recipe_hash")
     settings = f" Recipe {hash_}: the hash of all settings." if hash_ else ""
     machine = sections.environments([(study.path.name, study.environment)])
-    return Section("Settings and machine", [Text(seeds + settings), *sections.differences(study.entries), *machine])
+    folded = Folded("All settings, and where they differ", sections.differences(study.entries))
+    return Section("Settings and machine", [Text(seeds + settings), folded, *machine])
 
 
 def _again(study: Study) -> Section:

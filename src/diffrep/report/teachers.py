@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from diffrep.report import pictures
+from diffrep.report.numbers import listed
 from diffrep.report.page import Block, Notes, Picture, Section, Text
 from diffrep.report.values import Entry, Run
 
@@ -106,9 +107,10 @@ def _sweep_caption(entry: Entry, taps: Points, pixels: tuple[float, float] | Non
     for own in (t for t in student_taps if t in taps):
         _, timestep, mean = best_point({own: taps[own]})
         said.append(f"At {own}, where the students learn from, the best is t = {timestep} ({mean:.1f} %).")
-    draws = entry.recipe.get("sweep", {}).get("draws", 1)
-    over = f"{draws} draws of labelled images" + (f" and {len(entry.results())} seeds" if len(entry.runs) > 1 else "")
-    return " ".join([*said, f"Bands: one standard deviation over {over}."])
+    draws, seeds = entry.recipe.get("sweep", {}).get("draws", 1), len(entry.results())
+    over = [f"{n} {what}" for n, what in ((draws, "draws of labelled images"), (seeds, "seeds")) if n > 1]
+    bands = [f"Bands: one standard deviation over {listed(over)}."] if over else []
+    return " ".join([*said, *bands])
 
 
 def looks(entry: Entry) -> pictures.Looks | None:

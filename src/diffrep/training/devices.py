@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +24,16 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
     AcceleratorState._reset_state()  # several runs may share a process, each with its own precision
+    # Without this word accelerate takes torchrun's processes on CPUs for strangers, each with the whole batch.
+    on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(find_unused_parameters=not uses_all_parameters)
     try:
         made = Accelerator(
-            mixed_precision=precision, log_with=list(track) or None, project_dir=str(run_dir), kwargs_handlers=[unused]
+            cpu=on_cpus,
+            mixed_precision=precision,
+            log_with=list(track) or None,
+            project_dir=str(run_dir),
+            kwargs_handlers=[unused],
         )
     except ImportError as error:
         raise UserError(f"train.track: {error}; install it with: pip install 'diffrep[trackers]'") from None

@@ -1,0 +1,172 @@
+"""Learning from labels, from scratch or from a distilled run: pytest tests/methods/test_finetune.py"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from diffrep.data.batch import Batch
+from diffrep.errors import UserError
+from diffrep.methods.base import save_student
+from diffrep.methods.finetune import Finetune, FinetuneConfig, load_backbone
+from diffrep.models.students import Student, StudentConfig
+from diffrep.randomness import Rows
+
+CONV = StudentConfig(name="conv_small", options={"in_chans": 1})
+
+
+def images(count=6, seed=0):
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(labels):
+    return Batch(images(len(labels)), torch.tensor(labels), torch.arange(len(labels)))
+
+
+def built(**settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Finetune(FinetuneConfig(student=CONV, **settings), 3, 8)
+
+
+def step(method, labels, progress=0.0):
+    parts = method(batch(labels), Rows(torch.Generator(), len(labels)), progress)
+    method.zero_grad()
+    parts["loss"].backward()
+    return parts, {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with a student that has no classifier."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        student = Student(CONV)
+    save_student(tmp_path, student)
+    (tmp_path / "result.json").write_text(json.dumps({"name": "distilled", "licence": "CC-BY-4.0"}))
+    return tmp_path, student
+
+
+def test_the_loss_is_cross_entropy_over_what_is_labelled():
+    method = built(label_smoothing=0.1).eval()
+    parts, _ = step(method, [0, 1, -1, 2, -1, 1])
+    known = torch.tensor([0, 1, 3, 5])
+    logits = method.student(images())[known]
+    each = F.cross_entropy(logits, torch.tensor([0, 1, 2, 1]), reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(parts["loss"], each.sum() / 6)  # divided by the batch, so that parts add up
+    correct = (logits.argmax(1) == torch.tensor([0, 1, 2, 1])).sum() / 6
+    torch.testing.assert_close(parts["train_top1"], correct)
+
+
+def test_a_batch_of_hidden_labels_teaches_nothing():
+    parts, grads = step(built(), [-1] * 6)
+    assert float(parts["loss"]) == 0 and all(float(g.abs().max()) == 0 for g in grads.values())
+
+
+def test_every_parameter_gets_a_gradient_and_groups_share_them_out():
+    method = built()
+    _, grads = step(method, [0, 1, 2, 0, 1, 2])
+    names = {id(p): n for n, p in method.named_parameters()}
+    assert grads.keys() == set(names.values()) and all(float(g.abs().max()) > 0 for g in grads.values())
+    groups = {k: {names[id(p)] for p in v} for k, v in method.parameter_groups().items()}
+    assert groups["head"] == {"student.backbone.head.weight", "student.backbone.head.bias"}
+    assert groups["student"] | groups["head"] == set(names.values()) and not groups["student"] & groups["head"]
+
+
+def test_at_first_only_the_head_learns_from_the_frozen_vector():
+    method = built(head_first=0.5).train()
+    assert not method.uses_all_parameters and built().uses_all_parameters
+    before = {n: b.clone() for n, b in method.named_buffers()}
+    _, grads = step(method, [0, 1, 2, 0, 1, 2], progress=0.49)
+    assert grads.keys() == {"student.backbone.head.weight", "student.backbone.head.bias"}
+    assert all(torch.equal(b, before[n]) for n, b in method.named_buffers()) and method.student.training
+    method.student.eval()
+    logits = method.student(images())
+    parts, _ = step(method, [0, 1, 2, 0, 1, 2], progress=0.0)
+    torch.testing.assert_close(parts["loss"], F.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])))
+    method.train()
+    _, grads = step(method, [0, 1, 2, 0, 1, 2], progress=0.5)
+    assert len(grads) == len(list(method.parameters()))
+
+
+def test_a_toy_task_is_learnt():
+    method = built()
+    optimizer = torch.optim.Adam(method.parameters(), 1e-2)
+    shades = torch.tensor([0.1, 0.5, 0.9]).repeat(8)
+    shown = Batch(
+        shades.view(-1, 1, 1, 1).expand(-1, 3, 8, 8) + 0.02 * torch.randn(24, 3, 8, 8),
+        torch.arange(24) % 3,
+        torch.arange(24),
+    )
+    for _ in range(30):
+        parts = method(shown, Rows(torch.Generator(), 24), 0.0)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+    assert float(parts["train_top1"]) == 1 and float(parts["loss"].detach()) < 0.3
+
+
+def test_it_starts_from_a_finished_run(run):
+    folder, student = run
+    method = built(init=str(folder))
+    assert method.loaded == {"matched": len(student.backbone.state_dict()), "new": 2}
+    assert method.licence == "CC-BY-4.0"
+    for name, value in student.backbone.state_dict().items():
+        assert torch.equal(method.student.backbone.state_dict()[name], value)
+    torch.testing.assert_close(method.student.eval().pooled(images()), student.eval().pooled(images()))
+
+
+def test_it_starts_from_a_run_that_had_a_classifier_of_other_classes(tmp_path):
+    other = Finetune(FinetuneConfig(student=CONV), 7, 8)
+    other.export(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    assert built(init=str(tmp_path)).loaded["new"] == 2
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        load_backbone(Student(CONV, 3), folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_run_that_does_not_fit_is_refused(run):
+    """Strictly: the official loader prints a line and goes on with a random first convolution."""
+    folder, _ = run
+    file = folder / "weights.safetensors"
+    state = load_file(file)
+    name = "stem.0.weight"
+    assert name in state
+    save_file({n: v for n, v in state.items() if n != name}, file)
+    assert f"1 tensors differ, first '{name}'" in refused(folder)
+    save_file(state | {"extra": torch.zeros(1)}, file)
+    assert "first 'extra'" in refused(folder)
+    save_file(state | {name: torch.zeros(32, 3, 3, 3)}, file)
+    assert f"first '{name}'" in refused(folder)
+
+
+def test_a_run_that_cannot_be_read_is_refused(run):
+    folder, _ = run
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "is corrupt or truncated" in refused(folder)
+    file.unlink()
+    assert "this run kept no student" in refused(folder)
+    (folder / "result.json").unlink()
+    assert "is no finished run" in refused(folder)
+
+
+def test_the_export_rebuilds_the_student_in_timm(tmp_path):
+    from diffrep.models.students import create
+
+    method = built()
+    step(method, [0, 1, 2, 0, 1, 2])
+    assert method.export(tmp_path) == {"init": None, "loaded": None}
+    card = json.loads((tmp_path / "config.json").read_text())
+    again = create(card["architecture"], card["num_classes"], **card["model_args"]).eval()
+    again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    x = method.student.normalise(images())
+    torch.testing.assert_close(again(x), method.student.eval()(images()))
+    assert StudentConfig.model_validate(card["student"]) == CONV and card["num_features"] == 256

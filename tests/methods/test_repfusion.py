@@ -1,0 +1,599 @@
+"""The first road: routing of gradients, the policy, hidden labels, the store: pytest tests/methods/test_repfusion.py"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from diffrep import assemble as assembly
+from diffrep.assemble import assemble, label_seed, labels_seen
+from diffrep.data.batch import Batch
+from diffrep.data.datasets import DataConfig, label_subset, load_data
+from diffrep.data.feed import Feed
+from diffrep.errors import UserError
+from diffrep.evaluation import classify
+from diffrep.evaluation.classify import EvaluateConfig, student_scores
+from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.frozen.features import FeatureConfig, write_features
+from diffrep.methods.repfusion import RepFusion, RepFusionConfig, TimestepConfig, policy_network
+from diffrep.models.students import StudentConfig
+from diffrep.randomness import Rows, stream
+from diffrep.recipes import RECIPES
+from diffrep.recipes.base import Recipe
+from diffrep.training.optim import OptimConfig
+from diffrep.training.run import RunDir
+from diffrep.training.trainer import TrainConfig, Trainer
+
+CONV = StudentConfig(name="conv_small", options={"in_chans": 1})
+MLP = StudentConfig(name="mlp_small", options={"in_chans": 1, "img_size": 8})
+CHOICES = (0, 100, 900)
+
+
+def policy(values=CHOICES, **settings_):
+    return TimestepConfig(select="policy", values=values, **settings_)
+
+
+def config(teacher, timestep=None, **changes):
+    return RepFusionConfig(
+        **{"teacher": teacher, "tap": "mid", "student": CONV, "timestep": timestep or policy()} | changes
+    )
+
+
+def built(teacher, timestep=None, classes=4, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return RepFusion(config(teacher, timestep, **changes), classes, 8, allow_code=True)
+
+
+def batch(labels=(0, 1, 2, 3, -1, -1), seed=0):
+    images = torch.rand(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Batch(images, torch.tensor(labels), torch.arange(len(labels)), torch.zeros(len(labels), dtype=torch.int64))
+
+
+def rows(count=6, step=0):
+    return Rows(stream(0, "step", step), count)
+
+
+@pytest.fixture
+def tiny(factory, tiny_denoiser):
+    """A reference to a tiny denoiser with always the same weights."""
+    return factory(tiny_denoiser)
+
+
+def parts_of(method):
+    """{parameter name: which of the four parts it belongs to}"""
+    return {n: n.split(".")[0] for n, _ in method.named_parameters()}
+
+
+def reached(method, loss):
+    """The parts whose parameters get a gradient from ``loss`` that is not zero everywhere."""
+    names, parameters = zip(*method.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return {n.split(".")[0] for n, g in zip(names, grads, strict=True) if g is not None and float(g.abs().max()) > 0}
+
+
+# One step
+
+
+@pytest.mark.parametrize("network", ["small", "conv"])
+def test_each_loss_reaches_its_own_part_and_no_other(factory, tiny_denoiser, network):
+    size = 8 if network == "small" else 32
+    reference = factory(lambda: tiny_denoiser(image_size=size))
+    method = RepFusion(config(reference, policy(policy=network)), 4, size, allow_code=True)
+    labels = torch.tensor([0, 1, 2, 3, -1, -1])
+    shown = Batch(torch.rand(6, 3, size, size), labels, torch.arange(6))
+    parts = method(shown, rows(), 0.0)
+    assert reached(method, parts["kd_loss"]) == {"student", "projector"}
+    assert reached(method, parts["task_loss"]) == {"task_head"}
+    assert reached(method, parts["policy_loss"]) == {"policy"}
+    only_entropy = {"kd_weight": 0, "task_weight": 0, "policy_weight": 0}
+    method.config = config(reference, policy(policy=network, entropy_weight=1.0), **only_entropy)
+    nn.init.normal_(list(method.policy.parameters())[-1])  # a uniform policy has no entropy to gain
+    assert reached(method, method(shown, rows(), 0.0)["loss"]) == {"policy"}
+
+
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(tiny):
+    method = built(tiny)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    for step in range(2):  # the small policy's last layer starts at zero, so the ones below move from step 2 on
+        optimizer.zero_grad()
+        method(batch(), rows(step=step), 0.0)["loss"].backward()
+        assert all(p.grad is not None for p in method.parameters())
+        optimizer.step()
+    assert all(float(p.grad.abs().max()) > 0 for p in method.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.network.module.parameters())
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(tiny):
+    weights = {"kd_weight": 3.0, "task_weight": 0.5, "policy_weight": 2.0}
+    method = built(tiny, policy(entropy_weight=0.2, entropy_until=0.5), **weights)
+    parts = method(batch(), rows(), 0.25)
+    expected = 3 * parts["kd_loss"] + 0.5 * parts["task_loss"] + 2 * parts["policy_loss"]
+    torch.testing.assert_close(parts["loss"], expected - 0.1 * parts["policy_entropy"])
+    torch.testing.assert_close(parts["policy_entropy"], torch.tensor(math.log(3)))  # the first proposal is uniform
+    torch.testing.assert_close(parts["policy_probs"], torch.full((3,), 1 / 3))
+
+
+def test_the_reward_is_that_of_the_head_on_the_pooled_code(tiny):
+    """Recomputed by hand from the teacher's feature: -CE, its mean as the first baseline, REINFORCE."""
+    method = built(tiny)
+    nn.init.normal_(method.policy.fc.weight)
+    shown = batch()
+    parts = method(shown, rows(), 0.0)
+    logits = method.policy(shown.images)
+    choice = rows().categorical(logits.softmax(1))
+    code = method.teacher.network.features(shown.images, torch.tensor(CHOICES)[choice], ["mid"])["mid"].mean((2, 3))
+    cost = F.cross_entropy(method.task_head(code)[:4], shown.labels[:4], reduction="none")
+    torch.testing.assert_close(parts["task_loss"], cost.sum() / 6)
+    log_prob = logits.log_softmax(1).gather(1, choice[:, None])[:4, 0]
+    torch.testing.assert_close(parts["policy_loss"], (log_prob * (cost - cost.mean())).sum() / 6)
+    student = F.conv2d(method.student.feature_map(shown.images), method.projector.weight, method.projector.bias)
+    torch.testing.assert_close(parts["kd_loss"], F.mse_loss(student.mean((2, 3)), code), rtol=1e-4, atol=1e-6)
+
+
+def test_the_baseline_is_the_running_mean_before_this_step(tiny):
+    method = built(tiny, policy(baseline_decay=0.75)).train()
+    known = torch.tensor([True, True, False])
+    reward = torch.tensor([-1.0, -3.0, -100.0])
+    assert float(method.baseline_for(reward, known)) == -2  # the first step: its own mean
+    assert float(method.baseline_for(reward + 1, known)) == -2
+    assert float(method.baseline_for(reward, known)) == pytest.approx(0.75 * -2 + 0.25 * -1)
+    before = method.baseline.clone()
+    assert torch.equal(method.baseline_for(reward, torch.zeros(3, dtype=torch.bool)), before)
+    method.eval().baseline_for(reward, known)
+    assert torch.equal(method.baseline, before) and {"baseline", "baseline_steps"} <= method.state_dict().keys()
+    official = built(tiny, policy(baseline="none")).train()
+    assert [float(official.baseline_for(reward, known)) for _ in range(2)] == [0, 0]
+
+
+def test_the_entropy_weight_falls_to_nothing(tiny):
+    method = built(tiny, policy(entropy_weight=0.4, entropy_until=0.5))
+    assert [method.entropy_weight(p) for p in (0, 0.25, 0.5, 0.9)] == pytest.approx([0.4, 0.2, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "timestep, allowed",
+    [
+        (TimestepConfig(select="fixed", values=(7,)), {7}),
+        (TimestepConfig(select="range", values=(5, 9)), {5, 6, 7, 8}),
+        (TimestepConfig(select="list", values=(900, 3)), {3, 900}),
+        (policy((8, 1, 3)), {8, 1, 3}),
+    ],
+)
+def test_each_rule_chooses_from_its_own_timesteps(tiny, timestep, allowed):
+    method = built(tiny, timestep)
+    shown = torch.rand(200, 3, 8, 8)
+    choice, logits = method.choose(shown, rows(200))
+    assert set(method.timesteps[choice].tolist()) == allowed
+    assert (logits is None) == (timestep.select != "policy")
+    assert ("policy" in method.parameter_groups()) == (timestep.select == "policy")
+    asked = []
+    method.teacher.network.module.register_forward_pre_hook(lambda _m, args: asked.append(args[1]))
+    method(batch(), rows(), 0.0)
+    assert set(asked[0].tolist()) <= allowed
+
+
+def test_a_rule_without_policy_needs_no_labels(tiny):
+    method = built(tiny, TimestepConfig(select="list", values=CHOICES))
+    unlabelled = Batch(batch().images, None, torch.arange(6))
+    parts = method(unlabelled, rows(), 0.0)
+    assert parts.keys() == {"loss", "kd_loss", "mean_timestep"}
+    assert config(tiny, TimestepConfig(select="fixed", values=(1,))).label_readers() == ()
+    assert config(tiny).label_readers() == ("task head", "policy (through its reward)")
+
+
+# The teacher stays what it is
+
+
+def test_training_leaves_the_teacher_as_it_was(tiny):
+    method = built(tiny).train()
+    network = method.teacher.network
+    before = network.sha256
+    optimizer = torch.optim.Adam(method.parameters(), 0.1)
+    for step in range(3):
+        method.train()
+        method(batch(), rows(step=step), 0.0)["loss"].backward()
+        optimizer.step()
+    assert not any(m.training for m in network.module.modules()) and method.training
+    assert DiffusionTeacher(network.module, "again", 8).sha256 == before
+    names = [*method.state_dict(), *dict(method.named_parameters()), *dict(method.named_modules())]
+    assert {n.split(".")[0] for n in names if n} == {
+        "student", "projector", "policy", "task_head", "hint_mean", "hint_std", "baseline", "baseline_steps",
+    }  # fmt: skip
+    trained = {id(p) for p in method.parameters()}
+    assert not any(id(p) in trained for p in network.module.parameters())
+    grouped = [p for group in method.parameter_groups().values() for p in group]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(trained)
+
+
+def test_the_code_does_not_depend_on_the_label(factory, tiny_denoiser):
+    """Also of a class-conditional teacher: it is asked with its null class."""
+    network = tiny_denoiser(num_classes=4)
+    teacher = DiffusionTeacher(network, "conditional", 8, num_classes=4)
+    method = built(factory(lambda: teacher))
+    seen = []
+    network.classes.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    codes = [
+        method.teacher.hint(batch(labels), torch.full((6,), 50))
+        for labels in ((0,) * 6, (3, 2, 1, 0, -1, 2), (-1,) * 6)
+    ]
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+    assert all(label.tolist() == [4] * 6 for label in seen)
+
+
+# Hidden labels
+
+
+def test_hidden_rows_reach_neither_head_nor_policy(tiny):
+    """Other pixels in the rows without a label: the gradients of reward, head and policy stay the same."""
+    method = built(tiny).eval()
+    nn.init.normal_(method.policy.fc.weight)
+    wanted = [*method.task_head.parameters(), *method.policy.parameters()]
+    found = []
+    for seed in (1, 2):
+        shown = batch()
+        shown.images[4:] = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        parts = method(shown, rows(), 0.0)
+        found.append(torch.autograd.grad(parts["task_loss"] + parts["policy_loss"], wanted))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert any(float(a.abs().max()) > 0 for a in found[0])
+
+
+def recipe(method, labels=20, seed=0, **data):
+    return Recipe(
+        name="few",
+        seed=seed,
+        data=DataConfig(source="digits", augment="shift:1", labels=labels, **data),
+        method=method,
+        optim=OptimConfig(lr=1e-2),
+        train=TrainConfig(steps=3, batch_size=16),
+        evaluate=EvaluateConfig(probe_labels=(labels,)),
+    )
+
+
+def trained(recipe_, tmp_path):
+    """All state after three steps, and the scores."""
+    parts = assemble(recipe_, allow_code=True)
+    run = RunDir(tmp_path / "none", writes=False)
+    trainer = Trainer(parts.method, parts.feed, recipe_.optim, recipe_.train, recipe_.seed, run)
+    parts.method.train()
+    for step in range(3):
+        trainer.step(step)
+    state = {n: v.clone() for n, v in parts.method.state_dict().items()}
+    return state, assembly.scores(recipe_, parts, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data(DataConfig(source="digits"), "train")
+
+
+def few_label_methods(reference):
+    finetune = RECIPES["finetune_debug"]().method
+    denoiser = RECIPES["denoiser_debug"]().method.model_copy(update={"conditional": True})
+    return {"policy": config(reference), "finetune": finetune, "conditional denoiser": denoiser}
+
+
+@pytest.mark.parametrize("name", ["policy", "finetune", "conditional denoiser"])
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_the_true_values_of_hidden_labels_change_nothing(tiny, digits, tmp_path, monkeypatch, name, share):
+    """A run of three steps and its scores, once with the truth and once with lies under every hidden label."""
+    task = recipe(few_label_methods(tiny)[name], labelled_share=share)
+    drawn = label_subset(digits.labels, 20, 0)
+    for module in (assembly, classify):  # which labels are drawn depends on the classes; here it is given
+        monkeypatch.setattr(module, "label_subset", lambda labels, count, seed: drawn[:count])
+    honest, scores = trained(task, tmp_path)
+
+    def lying(config_, split, **named):
+        images = load_data(config_, split, **named)
+        if split == "train":
+            truth = images.labels.clone()
+            images.labels = (truth + 1 + torch.arange(len(truth)) % 9) % 10
+            assert bool((images.labels != truth).all())
+            images.labels[drawn] = truth[drawn]
+        return images
+
+    monkeypatch.setattr(assembly, "load_data", lying)
+    lied, lied_scores = trained(task, tmp_path)
+    assert honest.keys() == lied.keys() and all(torch.equal(honest[n], lied[n]) for n in honest)
+    assert scores == lied_scores and (name == "conditional denoiser" or scores["test_images"] == 539)
+    monkeypatch.setattr(assembly, "label_subset", lambda labels, count, seed: drawn.flip(0)[:5])
+    fewer, _ = trained(task, tmp_path)
+    assert any(not torch.equal(honest[n], fewer[n]) for n in honest)  # and the labels that are shown do matter
+
+
+@given(st.integers(10, 300), st.integers(0, 3), st.sampled_from([None, 0.25, 1.0]), st.sampled_from([None, 5]))
+@settings(max_examples=8, deadline=None)
+def test_everything_that_uses_labels_sees_the_same_few(digits, count, seed, share, own_seed):
+    """Feed, result and probe: one draw, of the recipe's label seed, and part of every larger one."""
+    method = RECIPES["finetune_debug"]().method
+    task = recipe(method, labels=count, seed=seed, labelled_share=share, label_seed=own_seed)
+    parts = assemble(task)
+    draw = label_subset(digits.labels, count, label_seed(task))
+    assert label_seed(task) == (seed if own_seed is None else own_seed)
+    assert torch.equal(parts.labelled, draw) and torch.equal(parts.train.labels, digits.labels)
+    shown = parts.feed.images.labels
+    assert sorted((shown >= 0).nonzero()[:, 0].tolist()) == sorted(draw.tolist())
+    assert torch.equal(shown[draw], digits.labels[draw])
+    assert labels_seen(task, parts) == {"student": count}
+    larger = label_subset(digits.labels, count + 37, label_seed(task))
+    assert set(draw.tolist()) <= set(larger.tolist())
+    for step in range(3):
+        fed = parts.feed.batch(step, list(range(16)), torch.device("cpu"))
+        known = fed.labels >= 0
+        assert set(fed.index[known].tolist()) <= set(draw.tolist())
+        assert set(fed.index[~known].tolist()).isdisjoint(draw.tolist())
+        assert torch.equal(fed.labels[known], digits.labels[fed.index[known]])
+        assert int(known.sum()) >= round((share or 0) * 16)
+
+
+def test_the_probe_is_fitted_on_the_draw_that_training_saw(digits, monkeypatch):
+    test = load_data(DataConfig(source="digits"), "test")
+    asked = []
+
+    def spy(seen, labels, held_out, test_labels, draws, num_classes):
+        asked.extend(draws)
+        return [0.0] * len(draws)
+
+    monkeypatch.setattr(classify.probe, "probe_scores", spy)
+    task = recipe(RECIPES["finetune_debug"]().method, labels=20, seed=3)
+    parts = assemble(task)
+    evaluate = EvaluateConfig(probe_labels=(20, 50))
+    student_scores(parts.method.student, digits, test, evaluate, label_seed(task), torch.device("cpu"))
+    assert torch.equal(asked[0], parts.labelled) and torch.equal(asked[1][:20], asked[0]) and len(asked[1]) == 50
+
+
+def test_a_policy_may_not_see_more_labels_than_its_probe(tiny):
+    with pytest.raises(ValidationError, match="the policy sees 20 labels"):
+        Recipe(**recipe(config(tiny)).model_dump() | {"evaluate": {"probe_labels": (10,)}})
+
+
+# A policy finds what is there to find
+
+
+class Planted(nn.Module):
+    """A teacher whose code tells the class (which quarter is bright) at one timestep and pixel noise at all others."""
+
+    image_size, in_channels = 8, 3
+
+    def __init__(self, informative):
+        super().__init__()
+        self.informative, self.mid = informative, nn.Identity()
+
+    def forward(self, x, timestep):
+        quarters = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)  # (B, 4)
+        noise = 3 * (x[:, 0, 0, :4] - x[:, 0, 1, :4])  # neighbours of one quarter: the class cancels
+        return self.mid(torch.where((timestep == self.informative)[:, None], quarters, noise)[:, :, None, None])
+
+
+def quarters(count, rng):
+    """Images in which the class is the bright quarter, and their labels."""
+    labels = torch.randint(0, 4, (count,), generator=rng)
+    images = 0.4 + 0.1 * torch.randn(count, 3, 8, 8, generator=rng)
+    for k in range(count):
+        top, left = int(labels[k]) // 2 * 4, int(labels[k]) % 2 * 4
+        images[k, :, top : top + 4, left : left + 4] += 0.4
+    return images.clamp(0, 1), labels
+
+
+def share_of_choices(factory, planted, steps, hide=None):
+    """Train and return where the policy's mass is on fresh images."""
+    timesteps = (0, 50, 200, 500, 900)
+    reference = factory(lambda: Planted(planted))
+    method = built(reference, policy(timesteps, entropy_weight=0.05), student=MLP).train()
+    groups = method.parameter_groups()
+    rates = {"student": 1e-3, "task_head": 1e-2, "policy": 2e-2}
+    optimizer = torch.optim.Adam([{"params": groups[n], "lr": lr} for n, lr in rates.items()])
+    images, labels = quarters(512, torch.Generator().manual_seed(0))
+    if hide:
+        labels[torch.arange(512) % hide != 0] = -1
+    for step in range(steps):
+        index = torch.randint(0, 512, (64,), generator=stream(0, "order", step))
+        parts = method(Batch(images[index], labels[index], index), rows(64, step), step / steps)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+    fresh, _ = quarters(200, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return dict(zip(timesteps, method.policy(fresh).softmax(1).mean(0).tolist(), strict=True)), parts
+
+
+@pytest.mark.parametrize("planted", [50, 900])
+def test_a_planted_informative_timestep_is_found(factory, planted):
+    mass, parts = share_of_choices(factory, planted, steps=250)
+    assert mass[planted] > 0.9, mass
+    assert float(parts["task_loss"].detach()) < 0.5  # far below ln 4 = 1.39
+
+
+def test_a_planted_timestep_is_found_from_a_quarter_of_the_labels(factory):
+    mass, _ = share_of_choices(factory, 200, steps=400, hide=4)
+    assert mass[200] > 0.9, mass
+
+
+def test_where_nothing_informs_the_policy_stays_undecided(factory):
+    """The control: no timestep carries the class, so none may win by the machinery itself."""
+    mass, parts = share_of_choices(factory, planted=-5, steps=150)
+    assert max(mass.values()) < 0.6, mass
+    assert float(parts["task_loss"].detach()) > 1.0
+
+
+# Standardising, online and from a store
+
+
+@pytest.fixture
+def feed(digits):
+    return Feed(digits, DataConfig(source="digits"), 32, 0, None)
+
+
+@pytest.fixture
+def store(tmp_path, tiny_denoiser, digits, feed):
+    """Float32 features of all training digits at the choices, in the blocks in which they are read below."""
+    teacher = DiffusionTeacher(tiny_denoiser(), "tiny", 8, licence="CC0")
+    kept = FeatureConfig(taps=("mid",), timesteps=CHOICES, pool=2, dtype="float32", block_size=256)
+    source = {"name": "digits", "split": "train", "fingerprint": digits.fingerprint, "augment": "none"}
+
+    def view_of(view, index):
+        return feed.gather(index, torch.full_like(index, view), torch.device("cpu")).images
+
+    write_features(tmp_path / "store", teacher, kept, view_of, len(digits), 1, source)
+    return str(tmp_path / "store")
+
+
+@pytest.mark.parametrize("standardise", ["joint", "per_timestep"])
+@pytest.mark.parametrize("source", ["online", "store"])
+def test_standardised_hints_have_mean_zero_and_deviation_one(tiny, store, feed, standardise, source):
+    changes = {"features": store} if source == "store" else {}
+    method = built(tiny, classes=10, hint_grid=2, standardise=standardise, **changes)
+    method.prepare(feed.sweep(256, torch.device("cpu")))
+    codes = {}
+    for choice, t in enumerate(CHOICES):
+        found = []
+        for shown in feed.sweep(256, torch.device("cpu")):
+            chosen = torch.full_like(shown.index, choice)
+            found.append(method.standardised(method.teacher.hint(shown, method.timesteps[chosen]), chosen))
+        codes[t] = torch.cat(found).double()
+    groups = codes.values() if standardise == "per_timestep" else [torch.cat(list(codes.values()))]
+    for group in groups:
+        torch.testing.assert_close(group.mean((0, 2, 3)), torch.zeros(8).double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(group.std((0, 2, 3), correction=0), torch.ones(8).double(), rtol=1e-4, atol=0)
+    if standardise == "joint":  # jointly, single timesteps keep what sets them apart
+        assert max(float(c.mean((0, 2, 3)).abs().max()) for c in codes.values()) > 0.05
+
+
+@pytest.mark.parametrize("standardise", ["none", "joint", "per_timestep"])
+def test_a_store_and_the_teacher_itself_teach_the_same(tiny, store, feed, standardise):
+    parts, means = [], []
+    for changes in ({}, {"features": store}):
+        method = built(tiny, classes=10, hint_grid=2, standardise=standardise, **changes)
+        method.prepare(feed.sweep(256, torch.device("cpu")))
+        means.append((method.hint_mean, method.hint_std))
+        shown = feed.batch(3, list(range(32)), torch.device("cpu"))
+        parts.append(method(shown, rows(32), 0.0))
+        assert method.frozen_multiply_adds() == (0 if changes else method.teacher.network.multiply_adds("mid"))
+    for a, b in zip(*means, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert parts[0].keys() == parts[1].keys()
+    for name in parts[0]:
+        torch.testing.assert_close(parts[0][name], parts[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_blocks_give_the_same_bits(tiny, store, feed):
+    online, replayed = built(tiny, classes=10, hint_grid=2), built(tiny, classes=10, hint_grid=2, features=store)
+    for shown in feed.sweep(256, torch.device("cpu")):
+        for t in CHOICES:
+            at = torch.full_like(shown.index, t)
+            assert torch.equal(online.teacher.hint(shown, at), replayed.teacher.hint(shown, at))
+
+
+def test_a_store_of_something_else_is_refused(tiny, store, digits):
+    method = built(tiny, classes=10, hint_grid=2, features=store)
+    method.check_data(digits.fingerprint, "none")
+    for data, words in (((digits.fingerprint, "flip"), "other augment"), (("f00", "none"), "other images")):
+        with pytest.raises(UserError, match=words):
+            method.check_data(*data)
+    for wrong in ({"hint_grid": 1}, {"timestep": policy((0, 7))}):
+        with pytest.raises(UserError, match=r"not on a 1x1 grid|has no timestep 7"):
+            built(tiny, classes=10, features=store, **{"hint_grid": 2, **wrong})
+
+
+def test_many_timesteps_are_standardised_from_a_few(tiny, feed):
+    method = built(tiny, policy(tuple(range(1000))), classes=10, standardise="joint")
+    asked = set()
+    method.teacher.network.module.register_forward_pre_hook(lambda _m, args: asked.update(args[1].tolist()))
+    method.prepare(feed.sweep(256, torch.device("cpu"), 64))
+    assert len(asked) == 16 and {0, 999} <= asked
+
+
+# Policies
+
+
+OFFICIAL = ("PolicyNet", "PolicyNet_Cov", "PolicyNet_Cov64")
+
+
+@pytest.mark.golden(of=lambda case: str(case.meta.get("module", "")).startswith("PolicyNet"))
+def test_golden_policy_networks(golden_case):
+    """The official networks' weights load strictly; ours works on logits and takes images in [0, 1]."""
+    module = golden_case.meta["module"]
+    if module not in OFFICIAL:
+        pytest.skip(f"policy network {module} is not in this release")
+    x = golden_case.get("inputs/x").float()
+    kind = "mlp" if module == "PolicyNet" else "conv"
+    network = policy_network(kind, golden_case.meta["config"]["action_num"], x.shape[-1])
+    network.load_state_dict({n: w.float() for n, w in golden_case.under("weights/").items()})
+    with torch.no_grad():
+        found = network(x / 2 + 0.5).softmax(1)
+    torch.testing.assert_close(found, golden_case.get("outputs/probs"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, size", [("small", 8), ("small", 37), ("mlp", 8), ("conv", 32), ("conv", 64)])
+def test_policies_give_a_logit_for_every_choice(kind, size):
+    network = policy_network(kind, 7, size)
+    logits = network(torch.rand(3, 3, size, size))
+    assert logits.shape == (3, 7)
+    if kind == "small":
+        assert float(logits.detach().abs().max()) == 0  # the first proposal is uniform
+
+
+def test_the_official_policy_refuses_other_sizes():
+    with pytest.raises(UserError, match="made for 32 or 64 pixels, not 8; use 'small'"):
+        policy_network("conv", 3, 8)
+
+
+# Settings, and what is left behind
+
+
+@pytest.mark.parametrize(
+    "settings_, words",
+    [
+        ({"select": "fixed", "values": (1, 2)}, "takes one value, not 2"),
+        ({"select": "range", "values": (9, 5)}, "low < high"),
+        ({"select": "list", "values": ()}, "needs the timesteps"),
+        ({"select": "policy", "values": (3, 3)}, "named twice"),
+        ({"select": "policy", "values": (3, -1)}, "timesteps start at 0, not -1"),
+        ({"select": "best", "values": (3,)}, "'fixed', 'range', 'list' or 'policy'"),
+        ({"values": (3,), "entropy_until": 0}, "greater than 0"),
+    ],
+)
+def test_timestep_settings_that_cannot_work_are_refused(settings_, words):
+    with pytest.raises(ValidationError, match=words):
+        TimestepConfig(**settings_)
+
+
+def test_settings_that_contradict_each_other_are_refused(tiny):
+    with pytest.raises(ValidationError, match="takes at most 64 timesteps; use 'joint'"):
+        config(tiny, policy(tuple(range(65))), standardise="per_timestep")
+    with pytest.raises(ValidationError, match="holds clean-image hints"):
+        config(tiny, features="somewhere", noise="forward")
+    with pytest.raises(UserError, match=r"method.timestep: 1000 is outside 0..999"):
+        built(tiny, policy((0, 1000)))
+
+
+def test_forward_noise_shows_the_teacher_a_noised_image(tiny):
+    clean, noised = built(tiny), built(tiny, noise="forward")
+    seen = []
+    for method in (clean, noised):
+        method.teacher.network.module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        method(batch(), rows(), 0.0)
+    torch.testing.assert_close(seen[0], batch().images * 2 - 1)
+    assert float((seen[1] - seen[0]).abs().max()) > 0.1
+
+
+def test_what_is_kept_is_the_student_and_where_it_comes_from(factory, tiny_denoiser, tmp_path):
+    teacher = DiffusionTeacher(tiny_denoiser(), "my teacher", 8, licence="CC-BY-NC-4.0")
+    method = built(factory(lambda: teacher))
+    assert method.licence == "Apache-2.0 (weights trained here); distilled from my teacher (CC-BY-NC-4.0)"
+    assert method.export(tmp_path) == {"teacher": "my teacher", "tap": "mid", "timesteps": list(CHOICES)}
+    kept = load_file(tmp_path / "weights.safetensors")
+    assert kept.keys() == method.student.backbone.state_dict().keys()
+
+
+def test_a_dry_step_reaches_everything_that_is_trained(tiny):
+    method = built(tiny)
+    method.dry_step(torch.rand(2, 3, 8, 8))
+    assert all(p.grad is not None for p in method.parameters())

@@ -1,0 +1,93 @@
+"""Every shipped *_debug recipe trains two steps, and resumed after the first it gives the same loss."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import commands
+
+from diffrep import api
+from diffrep.errors import Interrupted
+from diffrep.recipes import RECIPES
+from diffrep.recipes.base import Recipe, Study, load, recipe_hash, to_yaml
+
+DEBUG = [name for name in RECIPES if name.endswith("_debug") and isinstance(RECIPES[name](), Recipe)]
+EXPORTED = {"denoiser": "pipeline/unet/diffusion_pytorch_model.safetensors"}  # others: weights.safetensors
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "cpu_seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which the teacher that other recipes ask for stands where they look for it."""
+    folder = tmp_path_factory.mktemp("debug")
+    api.run("denoiser_debug", out=folder / "runs" / "denoiser_debug")
+    return folder
+
+
+def test_there_is_one_for_every_road():
+    roads = {RECIPES[name]().method.kind for name in RECIPES if isinstance(RECIPES[name](), Recipe)}
+    assert {RECIPES[name]().method.kind for name in DEBUG} == roads
+    assert any(isinstance(RECIPES[name](), Study) and name.endswith("_debug") for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_two_steps_and_a_resume_to_the_same_loss(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    whole = api.run(name, out=tmp_path / "whole")
+    assert whole["steps"] == 2
+    # One step; then the whole recipe from the checkpoint it left.
+    monkeypatch.setattr(api, "wish_to_stop", AfterOneStep)
+    with pytest.raises(Interrupted, match="stopped at step 1 of 2"):
+        api.run(name, out=tmp_path / "broken")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    again = api.run(name, out=tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert [line["step"] for line in losses(tmp_path / "whole")] == [1, 2]
+    file = EXPORTED.get(RECIPES[name]().method.kind, "weights.safetensors")
+    assert (tmp_path / "broken" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert again["scores"] == whole["scores"] and again["recipe_hash"] == recipe_hash(load(name))
+
+
+class AfterOneStep:
+    """In the place of wish_to_stop: a wish that is there from the beginning."""
+
+    def __enter__(self):
+        return lambda: True
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_the_run_folder_rebuilds_the_run(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    api.run(name, out=tmp_path / "run")
+    recipe = load(str(tmp_path / "run" / "recipe.yaml"))
+    assert to_yaml(recipe) == to_yaml(load(name))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    expected = {"parameters", "multiply_adds", "labels_seen", "licence", "images_seen", "cpu_seconds", "wall_seconds"}
+    assert expected <= result.keys() and result["multiply_adds"] > 0
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["threads"] == 1 and environment["packages"]["torch"]
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_as_a_command(name, folder):
+    done = commands.run(folder, "run", name, "--out", f"command_{name}", "--json")
+    assert done.code == 0 and done.err == ""
+    assert json.loads(done.out)["run_dir"] == f"command_{name}"
+
+
+def test_another_seed_is_another_run(tmp_path):
+    runs = {seed: api.run("finetune_debug", [f"seed={seed}"], out=tmp_path / str(seed)) for seed in (0, 1)}
+    assert losses(tmp_path / "0") != losses(tmp_path / "1")
+    assert runs[0]["recipe_hash"] == runs[1]["recipe_hash"]
