@@ -143,16 +143,16 @@ def factory(monkeypatch):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """pipeline(conditional=..., ...) is a diffusers folder that methods/denoiser.py wrote: 8 pixels, untrained."""
+    """pipeline(conditional=..., ...) is a diffusers folder that methods/denoiser.py wrote, untrained."""
     from diffrep.methods.denoiser import Denoiser, DenoiserConfig
 
     @cache
-    def make(num_classes: int = 4, **settings) -> Path:
+    def make(num_classes: int = 4, image_size: int = 8, **settings) -> Path:
         folder = tmp_path_factory.mktemp("run")
         config = DenoiserConfig(block_out_channels=(8, 16), norm_num_groups=4, **settings)
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            Denoiser(config, num_classes, image_size=8).export(folder)
+            Denoiser(config, num_classes, image_size).export(folder)
         return folder / "pipeline"
 
     return make

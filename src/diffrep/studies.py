@@ -85,7 +85,7 @@ def run_study(
             results[instance.key] = result
             if record and instance.name in study.arms:
                 write_json(_record_file(record, study, instance), _evidence(study, instance, result))
-        summary = _summary(study, everything, results)
+        summary = _summary(study, everything, results) | {"recorded": recorded}
         run.finish(summary)
     return summary
 

@@ -270,8 +270,11 @@ def test_a_study_among_runs_brings_its_arms(study, seeds, tmp_path):
     assert row(reader, "CNN (study): learned policy") and row(reader, "CNN (other): learned policy")
 
 
-def test_scores_without_folders_come_from_the_studys_result(tmp_path):
+def test_arms_that_were_recorded_before_come_from_the_studys_result(tmp_path):
     folder = write_study(tmp_path / "study", [0])
+    result = json.loads((folder / "result.json").read_text())
+    evidence = {"seed": 0, "scores": result["arms"]["policy"]["0"], "cpu_seconds": 7.0, "labels_seen": {}}
+    (folder / "result.json").write_text(json.dumps(result | {"recorded": {"policy-s0": evidence}}))
     for name in ("policy", "teacher", "sweep"):
         shutil.rmtree(folder / f"{name}-s0")
     _, reader = page([folder], tmp_path)

@@ -290,7 +290,7 @@ def _parse(text: str, origin: str) -> Any:
         raise UserError(f"recipe {origin} is not YAML{where}: {problem}") from None
     except UserError:
         raise
-    except ValueError as error:  # a number or a date that Python cannot hold
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:  # PyYAML, of a bad !!tag
         raise UserError(f"recipe {origin} is not a recipe: {error!s:.100}") from None
 
 
@@ -335,9 +335,9 @@ def _plain(value: Any, origin: str, path: tuple[str, ...] = ()) -> Any:
     elif isinstance(value, int) and value.bit_length() > 63:
         raise UserError(f"{where}: an integer of {value.bit_length()} bits; at most 63 are read")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} = {value}: a number here is finite")
+        raise UserError(f"{where}: {value} is no finite number")
     elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UserError(f"{where} = {value!r:.60}: half a character (a lone surrogate)")
+        raise UserError(f"{where}: {value!r:.60} holds half a character (a lone surrogate)")
     elif value is not None and not isinstance(value, str | int | float):
         raise UserError(f"{where} is a {type(value).__name__}; write text in quotes")
     return value

@@ -35,18 +35,20 @@ def _run(path: Path, recipe: dict[str, Any]) -> Run:
 
 def _study(path: Path, recipe: dict[str, Any]) -> Study:
     result = _json(path / "result.json")
-    recorded = (result or {}).get("arms", {})
-    entries = tuple(
-        _stage(path, name, stage, recipe, recorded.get(name, {})) for name, stage in recipe["stages"].items()
-    )
+    recorded = (result or {}).get("recorded", {})
+    entries = tuple(_stage(path, name, stage, recipe, recorded) for name, stage in recipe["stages"].items())
     return Study(path, recipe, result, _json(path / "environment.json") or {}, entries)
 
 
 def _stage(path: Path, name: str, stage: Any, study: Mapping[str, Any], recorded: Mapping[str, Any]) -> Entry:
+    """A stage over its seeds: from its folders, or from the evidence that made running it needless."""
     folders = [path / f"{name}-s{seed}" for seed in study.get("seeds", [0])]
-    runs = tuple(_run(f, _yaml(f / "recipe.yaml")) for f in folders if (f / "recipe.yaml").is_file())
+    ran = [_run(f, _yaml(f / "recipe.yaml")) for f in folders if (f / "recipe.yaml").is_file()]
+    missing = [f for f in folders if f.name in recorded and not (f / "recipe.yaml").is_file()]
+    runs = tuple(
+        ran + [Run(f, dict(stage) | {"seed": recorded[f.name]["seed"]}, recorded[f.name], [], {}) for f in missing]
+    )
     scores = {run.seed: run.result.get("scores", {}) for run in runs if run.result}
-    scores |= {int(seed): found for seed, found in recorded.items() if found}
     label = str(study.get("arms", {}).get(name, name))
     return Entry(name, label, stage, runs, tuple(references(stage)), scores, len(folders))
 
