@@ -59,12 +59,9 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
     test = load_data(recipe.data, "test")
     if len(train) == 0:
         raise UserError(f"data.source {recipe.data.source}: no images to train on")
-    _labels_needed(recipe, train)
-    labelled = None
-    seen = train
-    if train.labels is not None and recipe.data.labels:
-        labelled = label_subset(train.labels, recipe.data.labels, label_seed(recipe))
-        seen = copy.copy(train)
+    labelled = _labelled(recipe, train)
+    seen = copy.copy(train)
+    if train.labels is not None and labelled is not None:
         seen.labels = hide_labels(train.labels, labelled)
     with seeded(recipe.seed, "initialisation"):
         method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
@@ -79,10 +76,16 @@ def label_seed(recipe: Recipe) -> int:
     return recipe.seed if recipe.data.label_seed is None else recipe.data.label_seed
 
 
-def _labels_needed(recipe: Recipe, train: ImageSet) -> None:
-    if train.labels is None and recipe.method.needs_labels():
-        readers = ", ".join(recipe.method.label_readers())
-        raise UserError(f"data.source {recipe.data.source} has no labels, but the {readers} of this recipe reads them")
+def _labelled(recipe: Recipe, train: ImageSet) -> Tensor | None:
+    """The positions whose labels training may use; None: all there are."""
+    readers = list(recipe.method.label_readers()) + ["data.labels"] * bool(recipe.data.labels)
+    if train.labels is None:
+        if readers:
+            raise UserError(
+                f"data.source {recipe.data.source} has no labels, but this recipe needs them for: {readers[0]}"
+            )
+        return None
+    return label_subset(train.labels, recipe.data.labels, label_seed(recipe)) if recipe.data.labels else None
 
 
 def _scores_possible(recipe: Recipe, method: Method, train: ImageSet, test: ImageSet) -> None:

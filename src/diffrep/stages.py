@@ -56,6 +56,7 @@ Work = Callable[[Path, Report], dict[str, Any]]  # what is left to do once every
 def _features(task: FeatureTask, allow_code: bool) -> Work:
     teacher = _checked_teacher(task.teacher, task.features.taps, task.features.timesteps, allow_code)
     images = load_data(task.data, task.split)
+    teacher.check_size(*images.image_size)
     feed = Feed(images, task.data, task.features.block_size, task.seed, None)
     views = feed.augmentation.num_views
     source = {
@@ -81,6 +82,7 @@ def _features(task: FeatureTask, allow_code: bool) -> Work:
 def _sweep(task: SweepTask, allow_code: bool) -> Work:
     teacher = _checked_teacher(task.teacher, task.sweep.taps, task.sweep.timesteps, allow_code)
     train, held_out = load_data(task.data, "train"), load_data(task.data, task.sweep.split)
+    teacher.check_size(*train.image_size)
 
     def work(run_dir: Path, progress: Report) -> dict[str, Any]:
         rows = sweep(teacher, train, held_out, task.sweep, task.seed, default_device(), progress)

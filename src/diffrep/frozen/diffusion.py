@@ -71,11 +71,15 @@ class DiffusionTeacher(FrozenModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]; a grey network gets the mean of the channels."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            size = f"{images.shape[-2]}x{images.shape[-1]}"
-            raise UserError(f"{self.name} reads {self.image_size}-pixel images, not {size}: set data.image_size")
+        self.check_size(images.shape[-2], images.shape[-1])
         x = images.mean(1, keepdim=True) if self.in_channels == 1 else images
         return x * 2 - 1
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse images of another size than the network was trained on."""
+        if (height, width) != (self.image_size, self.image_size):
+            found = f"{self.name} reads {self.image_size}-pixel images, not {height}x{width}"
+            raise UserError(f"{found}: set data.image_size={self.image_size}")
 
     @torch.no_grad()
     def features(

@@ -28,9 +28,6 @@ class MethodConfig(Config):
         """The parts of training that look at labels, by the names a report prints."""
         return ()
 
-    def needs_labels(self) -> bool:
-        return bool(self.label_readers())
-
 
 class Method(nn.Module):
     """One road. Subclasses are built from their own config and decide nothing about devices or data."""

@@ -112,7 +112,7 @@ class RepFusion(Method):
         self.config = config
         self.teacher = Hints(config, allow_code)  # frozen, no module
         choices = config.timestep.choices()
-        self.teacher.check(choices)
+        self.teacher.check(choices, image_size)
         channels = self.teacher.channels
         code_size = channels * config.hint_grid**2
         self.student = Student(config.student)
@@ -267,10 +267,11 @@ class Hints:
             self.channels = self.network.tap(self.tap).shape[0]
             self.licence, self.name = self.network.licence, self.network.name
 
-    def check(self, timesteps: Iterable[int]) -> None:
-        """Refuse timesteps that the teacher, or the store, does not have."""
+    def check(self, timesteps: Iterable[int], image_size: int) -> None:
+        """Refuse timesteps that the teacher, or the store, does not have, and images of another size."""
         if self.store:
             return self.store.check_timesteps(timesteps)
+        self.network.check_size(image_size, image_size)
         last = self.network.num_train_timesteps - 1
         bad = [t for t in timesteps if t > last]
         if bad:
