@@ -13,7 +13,8 @@ import commands
 from diffrep import api
 from diffrep.errors import Interrupted
 from diffrep.recipes import RECIPES
-from diffrep.recipes.base import Recipe, Study, load, recipe_hash, to_yaml
+from diffrep.recipes.base import Recipe, Study, recipe_hash, to_yaml
+from diffrep.recipes.loading import load
 
 DEBUG = [name for name in RECIPES if name.endswith("_debug") and isinstance(RECIPES[name](), Recipe)]
 EXPORTED = {"denoiser": "pipeline/unet/diffusion_pytorch_model.safetensors"}  # others: weights.safetensors

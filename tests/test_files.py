@@ -186,5 +186,5 @@ def test_a_damaged_json_file_is_named(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(UserError, match=r"result.json is not readable JSON"):
         read_json(tmp_path / "result.json")
-    with pytest.raises(UserError, match="nowhere.json does not exist"):
+    with pytest.raises(UserError, match=r"nowhere.json does not exist"):
         read_json(tmp_path / "nowhere.json")

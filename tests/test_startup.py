@@ -68,7 +68,9 @@ os.environ.__class__ = Watched
 began = time.process_time()
 """
 
-IMPORT = WATCH + """
+IMPORT = (
+    WATCH
+    + """
 import diffrep
 taken, modules = time.process_time() - began, set(sys.modules)
 from diffrep import api, cli, doctor, stages, studies, words
@@ -79,6 +81,7 @@ for found in pkgutil.walk_packages(diffrep.__path__, "diffrep."):
 os.environ.get("WITNESS")
 print(json.dumps({"seconds": taken, "modules": sorted(modules), "asked": asked, "all": sorted(sys.modules)}))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +109,14 @@ def test_importing_every_page_loads_no_heavy_package(imported):
 
 
 def test_help_opens_no_network():
-    script = WATCH + """
+    script = (
+        WATCH
+        + """
 sys.argv = ["diffrep", "--help"]
 import runpy
 runpy.run_module("diffrep", run_name="__main__")
 """
+    )
     done = subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "quickstart" in done.stdout, done.stderr
     refused = subprocess.run(

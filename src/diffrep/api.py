@@ -18,7 +18,9 @@ from diffrep.data.datasets import DataConfig, ImageSet, Split
 from diffrep.errors import UserError
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
-from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, load, recipe_hash, to_yaml
+from diffrep.recipes import RECIPES
+from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash, to_yaml
+from diffrep.recipes.loading import load
 from diffrep.rehearsal import rehearse
 from diffrep.stages import default_device, run_task
 from diffrep.studies import check_jobs, run_study
@@ -83,8 +85,6 @@ def _mean(by_seed: dict[str, dict[str, float]], name: str) -> str:
 
 def recipes() -> list[dict[str, Any]]:
     """The ledger: each shipped recipe with its published number, ours, and whether it can run as it is."""
-    from diffrep.recipes import RECIPES
-
     return [_ledger_row(make()) for make in RECIPES.values()]
 
 

@@ -84,8 +84,7 @@ def test_an_unconditional_model_reads_no_label():
     seen = entering(method)
     a, b = (method(batch(labels=labels), rows(), 0.0)["loss"] for labels in ((0, 1, 2, -1), None))
     assert torch.equal(a, b) and all(call[2]["class_labels"] is None for call in seen)
-    assert DenoiserConfig().label_readers() == () and not DenoiserConfig().needs_labels()
-    assert DenoiserConfig(conditional=True).needs_labels()
+    assert DenoiserConfig().label_readers() == () and DenoiserConfig(conditional=True).label_readers()
 
 
 def test_the_loss_falls():

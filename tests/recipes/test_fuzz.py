@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from diffrep.errors import UserError
 from diffrep.recipes import RECIPES
-from diffrep.recipes.base import Recipe, Study, load, recipe_hash, to_yaml
+from diffrep.recipes.base import Recipe, Study, recipe_hash, to_yaml
+from diffrep.recipes.loading import load
 
 
 def plain(name):
@@ -120,7 +121,7 @@ def examples(count):
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@examples(300)
+@examples(130)
 @given(mutated())
 @example({"kind": "study", "name": "x", "stages": None})
 @example({"kind": ["study"]})
@@ -131,7 +132,7 @@ def test_mutated_yaml(folder, values):
     attempt(file)
 
 
-@examples(150)
+@examples(200)
 @given(mutated(), st.booleans())
 def test_mutated_json(folder, values, ascii_only):
     file = folder / "fuzz.json"
@@ -146,7 +147,7 @@ ODD = ["!!python/name:os.system ", "%YAML 9.9\n", "1:60", "0o9", "1_0", ".inf", 
 YAML_PIECES = st.sampled_from([*KEYS, *SIGNS, *TAGS, *ODD])
 
 
-@examples(300)
+@examples(200)
 @given(st.lists(YAML_PIECES | st.text(max_size=3), max_size=14).map("".join))
 def test_pieces_of_yaml(folder, text):
     file = folder / "pieces.yaml"
@@ -163,7 +164,7 @@ def test_bytes(folder, content):
         attempt(file)
 
 
-@examples(150)
+@examples(80)
 @given(st.data())
 def test_overrides(folder, data):
     name = data.draw(st.sampled_from(["finetune_debug", "repfusion_debug", "denoiser_debug", "quickstart_debug"]))

@@ -14,17 +14,8 @@ from diffrep.errors import UserError
 from diffrep.frozen.diffusion import load_teacher
 from diffrep.randomness import Rows
 from diffrep.recipes import RECIPES
-from diffrep.recipes.base import (
-    MAX_FILE_BYTES,
-    Recipe,
-    Study,
-    load,
-    merged,
-    recipe_hash,
-    references,
-    replace_strings,
-    to_yaml,
-)
+from diffrep.recipes.base import Recipe, Study, recipe_hash, references, replace_strings, to_yaml
+from diffrep.recipes.loading import MAX_FILE_BYTES, load, merged
 
 EVERY = pytest.mark.parametrize("name", sorted(RECIPES))
 

@@ -43,7 +43,11 @@ def has_lines(run: Path, count: int) -> bool:
 
 
 def without_times(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in CPU_TIMES} for line in logged(run)]
+    return [without_times_of(line) for line in logged(run)]
+
+
+def without_times_of(values: dict) -> dict:
+    return {k: v for k, v in values.items() if k not in CPU_TIMES}
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -53,10 +57,8 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert (run / "samples/grid.png").read_bytes() == (whole / "samples/grid.png").read_bytes()
     assert without_times(run) == without_times(whole)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000023", "step-00000024"]
-    results = [json.loads((r / "result.json").read_text()) for r in (run, whole)]
-    assert [{k: v for k, v in r.items() if k not in CPU_TIMES} for r in results][0] == {
-        k: v for k, v in results[1].items() if k not in CPU_TIMES
-    }
+    mine, whole_result = (without_times_of(json.loads((r / "result.json").read_text())) for r in (run, whole))
+    assert mine == whole_result
 
 
 def finish(folder: Path, out: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import commands
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 

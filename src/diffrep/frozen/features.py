@@ -268,7 +268,7 @@ class FeatureStore:
             self._held[tap, device] = torch.from_numpy(np.array(array)).to(device)
         return self._held[tap, device]
 
-    def statistics(self, tap: str, timesteps: list[int]) -> Tensor:
+    def statistics(self, tap: str, timesteps: Sequence[int]) -> Tensor:
         """(A', 2, C) float32: mean and mean square per timestep and channel over all views, images and cells."""
         array = self.array(tap)
         rows = []

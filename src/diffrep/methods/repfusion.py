@@ -15,8 +15,7 @@ Deviations from the official code (numbers: the defects listed in docs/repfusion
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,9 @@ from torch import Tensor, nn
 from diffrep import losses
 from diffrep.config import Config
 from diffrep.data.batch import Batch
-from diffrep.errors import UserError
-from diffrep.frozen.diffusion import load_teacher
-from diffrep.frozen.features import FeatureStore
+from diffrep.frozen.hints import LiveHints, StoredHints
 from diffrep.methods.base import Method, MethodConfig, mean_over_processes, save_student
+from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
 
@@ -110,7 +108,7 @@ class RepFusion(Method):
     def __init__(self, config: RepFusionConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.teacher = Hints(config, allow_code)  # frozen, no module
+        self.teacher = hints_of(config, allow_code)  # frozen, no module
         choices = config.timestep.choices()
         self.teacher.check(choices, image_size)
         channels = self.teacher.channels
@@ -220,8 +218,7 @@ class RepFusion(Method):
         return [values[round(i * (len(values) - 1) / (STATISTICS_TIMESTEPS - 1))] for i in range(STATISTICS_TIMESTEPS)]
 
     def check_data(self, fingerprint: str, augment: str) -> None:
-        if self.teacher.store:
-            self.teacher.store.check_source(fingerprint, augment)
+        self.teacher.check_data(fingerprint, augment)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = {"student": [*self.student.parameters(), *self.projector.parameters()]}
@@ -230,7 +227,7 @@ class RepFusion(Method):
         return groups
 
     def dry_step(self, images: Tensor) -> None:
-        """Student, projector, policy and task head; the teacher's share is counted by ``Hints``."""
+        """Student, projector, policy and task head; the teacher's share is counted apart."""
         loss = self.imitation(images).sum()
         if self.config.timestep.select == "policy":
             size = self.teacher.channels * self.config.hint_grid**2
@@ -249,122 +246,11 @@ class RepFusion(Method):
         }
 
 
-class Hints:
-    """Where the teacher's codes come from: the teacher itself, or a feature store that replays it exactly."""
-
-    def __init__(self, config: RepFusionConfig, allow_code: bool) -> None:
-        self.config, self.grid, self.tap = config, config.hint_grid, config.tap
-        self.store = FeatureStore(config.features) if config.features else None
-        if self.store:
-            self.store.check(self.tap, self.grid)
-            self.channels, self.licence, self.name = (
-                self.store.channels(self.tap),
-                self.store.licence,
-                self.store.teacher,
-            )
-        else:
-            self.network = load_teacher(config.teacher, allow_code)
-            self.channels = self.network.tap(self.tap).shape[0]
-            self.licence, self.name = self.network.licence, self.network.name
-
-    def check(self, timesteps: Iterable[int], image_size: int) -> None:
-        """Refuse timesteps that the teacher, or the store, does not have, and images of another size."""
-        if self.store:
-            return self.store.check_timesteps(timesteps)
-        self.network.check_size(image_size, image_size)
-        last = self.network.num_train_timesteps - 1
-        bad = [t for t in timesteps if t > last]
-        if bad:
-            raise UserError(f"method.timestep: {bad[0]} is outside 0..{last} of {self.name}")
-
-    def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
-        """(B, C, g, g) float32 without gradient."""
-        if self.store:
-            return self.store.gather(self.tap, timestep, batch.view, batch.index, batch.images.device)
-        feature = self.network.features(batch.images, timestep, [self.tap], noise=self.config.noise, rng=rng)
-        return losses.pooled(feature[self.tap].float(), self.grid)
-
-    def statistics(self, timesteps: list[int], batches: Iterable[Batch]) -> Tensor:
-        """(A', 2, C) float32: mean and mean square per timestep and channel, summed in float64."""
-        if self.store:
-            return self.store.statistics(self.tap, timesteps)
-        sums = torch.zeros(len(timesteps), 2, self.channels, dtype=torch.float64)
-        count = 0
-        for batch in batches:
-            for row, t in enumerate(timesteps):
-                codes = self._statistics_codes(batch, t)
-                sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
-            count += len(batch.images) * self.grid**2
-        return (sums / max(count, 1)).float()
-
-    def _statistics_codes(self, batch: Batch, t: int) -> Tensor:
-        rng = Rows(torch.Generator(batch.images.device).manual_seed(t), len(batch.images))
-        return self.hint(batch, torch.full_like(batch.index, t), rng).double()
-
-    def multiply_adds(self) -> int:
-        """Per image and step; none where a store replays the teacher."""
-        return 0 if self.store else self.network.multiply_adds(self.tap)
-
-
-def policy_network(kind: str, num_choices: int, image_size: int) -> nn.Module:
-    """images (B, 3, H, W) in [0, 1] -> logits (B, A); ``conv`` and ``mlp`` are the official networks' layers."""
-    if kind == "small":
-        return SmallPolicy(num_choices)
-    if kind == "mlp":
-        return OfficialPolicy([], 3 * image_size**2, (128, 128), num_choices)
-    widths = {32: [6, 16], 64: [6, 16, 16]}.get(image_size)
-    if widths is None:
-        raise UserError(f"policy 'conv' is made for 32 or 64 pixels, not {image_size}; use 'small'")
-    return OfficialPolicy(widths, {32: 400, 64: 256}[image_size], (120, 84), num_choices)
-
-
-class SmallPolicy(nn.Module):
-    """Two strided convolutions and a pool; the last layer starts at zero, so the first proposal is uniform."""
-
-    def __init__(self, num_choices: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
-        self.fc = nn.Linear(32, num_choices)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(images * 2 - 1))))
-        return self.fc(x.mean((2, 3)))
-
-
-class OfficialPolicy(nn.Module):
-    """The official policies: 5x5 convolutions each with ReLU and 2x2 max-pool, then three linear layers.
-
-    Source: `PolicyNet` (no convolutions), `PolicyNet_Cov`, `PolicyNet_Cov64`, whose parameter names are kept; they
-    end in a softmax, this in logits.
-    """
-
-    def __init__(self, widths: list[int], flat: int, hidden: tuple[int, int], num_choices: int) -> None:
-        super().__init__()
-        self.num_convs = len(widths)
-        for i, (width_in, width) in enumerate(zip([3, *widths], widths, strict=False), 1):
-            self.add_module(f"conv{i}", nn.Conv2d(width_in, width, 5))
-        self.fc1, self.fc2 = nn.Linear(flat, hidden[0]), nn.Linear(hidden[0], hidden[1])
-        self.fc3 = nn.Linear(hidden[1], num_choices)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images * 2 - 1
-        for i in range(1, self.num_convs + 1):
-            x = F.max_pool2d(F.relu(self.get_submodule(f"conv{i}")(x)), 2)
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    return nn.Sequential(*_layers(widths))
-
-
-def _layers(widths: tuple[int, ...]) -> Iterator[nn.Module]:
-    for i, (width_in, width_out) in enumerate(pairwise(widths)):
-        if i:
-            yield nn.ReLU()
-        yield nn.Linear(width_in, width_out)
+def hints_of(config: RepFusionConfig, allow_code: bool) -> LiveHints | StoredHints:
+    """The teacher, or the store that stands in for it."""
+    if config.features:
+        return StoredHints(config.features, config.tap, config.hint_grid)
+    return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
+    for name in track:  # accelerate would leave it out with a warning
+        if find_spec(name) is None:
+            raise UserError(f"train.track: '{name}' is not installed; install it with: pip install 'diffrep[trackers]'")
     AcceleratorState._reset_state()  # several runs may share a process, each with its own precision
     # Without this word accelerate takes torchrun's processes on CPUs for strangers, each with the whole batch.
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
@@ -37,12 +41,6 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
         )
     except ImportError as error:
         raise UserError(f"train.track: {error}; install it with: pip install 'diffrep[trackers]'") from None
-    found = {str(name) for name in made.log_with}  # accelerate leaves out what is not there, with a warning
-    missing = [name for name in track if name not in found]
-    if missing:
-        raise UserError(
-            f"train.track: '{missing[0]}' is not installed; install it with: pip install 'diffrep[trackers]'"
-        )
     return made
 
 

@@ -101,13 +101,11 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of diffrep's own checkout; None for an installed package."""
-    here = Path(__file__).resolve().parents[1]
-    if not (here.parents[1] / ".git").exists():  # else git would find the repository around a virtual environment
-        return None
+    here = Path(__file__).resolve()
+    # The file is named too, or git would answer for the repository around a virtual environment.
+    asked = ["git", "-C", str(here.parent), "rev-parse", "HEAD", f"HEAD:./{here.name}"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return found.stdout.split()[0]

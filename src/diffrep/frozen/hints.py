@@ -1,0 +1,90 @@
+"""Where a student's targets come from: a teacher that is asked at every step, or a store that replays it exactly.
+
+Both answer alike. Letters: B images, A timesteps, C teacher channels, g cells per side that a map is pooled to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffrep.data.batch import Batch
+from diffrep.errors import UserError
+from diffrep.frozen.diffusion import load_teacher
+from diffrep.frozen.features import FeatureStore
+from diffrep.losses import pooled
+from diffrep.randomness import Rows, stream
+
+
+class LiveHints:
+    """The teacher itself: a truncated pass for each batch."""
+
+    def __init__(self, reference: str, tap: str, grid: int, noise: Literal["forward"] | None, allow_code: bool) -> None:
+        self.network = load_teacher(reference, allow_code)
+        self.tap, self.grid, self.noise = tap, grid, noise
+        self.channels = self.network.tap(tap).shape[0]
+        self.name, self.licence = self.network.name, self.network.licence
+
+    def check(self, timesteps: Sequence[int], image_size: int) -> None:
+        """Refuse timesteps that the teacher does not have, and images of another size."""
+        self.network.check_size(image_size, image_size)
+        last = self.network.num_train_timesteps - 1
+        if max(timesteps) > last:
+            raise UserError(f"method.timestep: {max(timesteps)} is outside 0..{last} of {self.name}")
+
+    def check_data(self, fingerprint: str, augment: str) -> None:
+        """Any images will do."""
+
+    def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
+        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
+        feature = self.network.features(batch.images, timestep, [self.tap], noise=self.noise, rng=rng)
+        return pooled(feature[self.tap].float(), self.grid)
+
+    def statistics(self, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
+        """(A, 2, C) float32: mean and mean square per timestep and channel over ``batches``, summed in float64."""
+        sums = torch.zeros(len(timesteps), 2, self.channels, dtype=torch.float64)
+        count = 0
+        for number, batch in enumerate(batches):
+            for row, t in enumerate(timesteps):
+                rng = Rows(stream(0, "statistics", t, number, device=batch.images.device), len(batch.images))
+                codes = self.hint(batch, torch.full_like(batch.index, t), rng).double()
+                sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
+            count += len(batch.images) * self.grid**2
+        return (sums / max(count, 1)).float()
+
+    def multiply_adds(self) -> int:
+        """Per image and step."""
+        return self.network.multiply_adds(self.tap)
+
+
+class StoredHints:
+    """A feature store in the teacher's place: the teacher is not even loaded."""
+
+    def __init__(self, folder: str, tap: str, grid: int) -> None:
+        self.store, self.tap = FeatureStore(folder), tap
+        self.store.check(tap, grid)
+        self.channels = self.store.channels(tap)
+        self.name, self.licence = self.store.teacher, self.store.licence
+
+    def check(self, timesteps: Sequence[int], image_size: int) -> None:
+        """Refuse timesteps that are not in the store."""
+        self.store.check_timesteps(timesteps)
+
+    def check_data(self, fingerprint: str, augment: str) -> None:
+        """Refuse other images, or other views of them, than the store was written from."""
+        self.store.check_source(fingerprint, augment)
+
+    def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
+        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
+        return self.store.gather(self.tap, timestep, batch.view, batch.index, batch.images.device)
+
+    def statistics(self, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
+        """As of :class:`LiveHints`, but over all images and views of the store."""
+        return self.store.statistics(self.tap, timesteps)
+
+    def multiply_adds(self) -> int:
+        """None: writing the store had its own budget."""
+        return 0
