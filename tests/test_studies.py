@@ -32,10 +32,10 @@ stages:
   teacher: {kind: recipe, name: teacher, data: {source: digits},
     method: {kind: denoiser, in_channels: 1, block_out_channels: [8, 16]}, optim: {lr: 0.001},
     train: {steps: 2, batch_size: 8}, evaluate: {samples: 0}}
-  scratch: {kind: recipe, name: scratch, data: {source: digits, labels: 20},
+  scratch: {kind: recipe, name: scratch, data: {source: digits, labels: 20, labelled_share: 1.0},
     method: {kind: finetune, student: {name: conv_small}}, optim: {lr: 0.001},
     train: {steps: STEPS, batch_size: 8, log_every: 1, checkpoint_every: 100000}, evaluate: {probe_labels: [20]}}
-  tuned: {kind: recipe, name: tuned, data: {source: digits, labels: 20},
+  tuned: {kind: recipe, name: tuned, data: {source: digits, labels: 20, labelled_share: 1.0},
     method: {kind: finetune, student: {name: conv_small}, init: "stage:scratch"}, optim: {lr: 0.001},
     train: {steps: 2, batch_size: 8}, evaluate: {probe_labels: [20]}}
 """

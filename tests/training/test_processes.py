@@ -204,11 +204,13 @@ def test_the_log_is_the_mean_over_the_processes(two, cases, tmp_path):
 
 
 def test_the_command_runs_under_torchrun_and_one_process_writes(tmp_path):
-    done = torchrun(tmp_path, "-m", "diffrep", "run", "denoiser_debug", "--out", "two")
+    # SGD: Adam would make whole steps of the rounding of gradients that are nearly zero.
+    arguments = ("run", "denoiser_debug", "--set", "optim={name: sgd, lr: 0.01}", "--out")
+    done = torchrun(tmp_path, "-m", "diffrep", *arguments, "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: two") == 1
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
-    alone = commands.run(tmp_path, "run", "denoiser_debug", "--out", "one")
+    alone = commands.run(tmp_path, *arguments, "one")
     assert alone.code == 0, alone.err
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["images_seen"] == 16
@@ -217,4 +219,4 @@ def test_the_command_runs_under_torchrun_and_one_process_writes(tmp_path):
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     one, two = (load_file(tmp_path / run / weights) for run in ("one", "two"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
