@@ -215,14 +215,3 @@ def test_what_is_not_in_a_store_is_refused(teacher, tmp_path):
     assert "no timestep 4; it holds [700, 3]" in refused(lambda: store.check_timesteps([3, 4]))
     assert "other images" in refused(lambda: store.check_source("f01", "flip"))
     assert "other augment" in refused(lambda: store.check_source("f00", "none"))
-
-
-def test_statistics_are_over_views_images_and_places(teacher, tmp_path):
-    write(tmp_path, teacher)
-    store = FeatureStore(tmp_path)
-    found = store.statistics("mid", [3, 700])
-    values = torch.from_numpy(np.array(store.array("mid"))).double()  # (T, V, N, C, h, w), in the order asked for
-    for row, step in ((0, 1), (1, 0)):
-        mean, square = found[row]
-        torch.testing.assert_close(mean.double(), values[step].mean((0, 1, 3, 4)), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(square.double(), values[step].square().mean((0, 1, 3, 4)), rtol=1e-5, atol=1e-6)

@@ -350,7 +350,7 @@ def test_the_probe_is_fitted_on_the_draw_that_training_saw(monkeypatch, own_seed
 
 
 def test_a_policy_may_not_see_more_labels_than_its_probe(tiny):
-    with pytest.raises(ValidationError, match="the policy sees 20 labels"):
+    with pytest.raises(ValidationError, match="training reads 20 labels"):
         Recipe(**recipe(config(tiny)).model_dump() | {"evaluate": {"probe_labels": (10,)}})
 
 

@@ -62,7 +62,7 @@ def write_features(
     Args:
         images: (view, index (B,) int64) -> (B, 3, H, W) float32 in [0, 1]; called block by block.
         source: what the images are (name, split, fingerprint, augment), kept in the manifest.
-        progress: called with (images x views x timesteps done, in all).
+        progress: called with (blocks done, in all).
     """
     settings = store_settings(teacher, config, num_images, num_views, source, seed)
     if (folder / MANIFEST).exists():
@@ -267,12 +267,3 @@ class FeatureStore:
                 return None
             self._held[tap, device] = torch.from_numpy(np.array(array)).to(device)
         return self._held[tap, device]
-
-    def statistics(self, tap: str, timesteps: Sequence[int]) -> Tensor:
-        """(A', 2, C) float32: mean and mean square per timestep and channel over all views, images and cells."""
-        array = self.array(tap)
-        rows = []
-        for t in timesteps:
-            values = torch.from_numpy(np.array(array[self.timesteps.index(t)])).double().transpose(0, 2).flatten(1)
-            rows.append(torch.stack([values.mean(1), values.square().mean(1)]))
-        return torch.stack(rows).float()

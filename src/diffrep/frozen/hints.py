@@ -43,18 +43,6 @@ class LiveHints:
         feature = self.network.features(batch.images, timestep, [self.tap], noise=self.noise, rng=rng)
         return pooled(feature[self.tap].float(), self.grid)
 
-    def statistics(self, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
-        """(A, 2, C) float32: mean and mean square per timestep and channel over ``batches``, summed in float64."""
-        sums = torch.zeros(len(timesteps), 2, self.channels, dtype=torch.float64)
-        count = 0
-        for number, batch in enumerate(batches):
-            for row, t in enumerate(timesteps):
-                rng = Rows(stream(0, "statistics", t, number, device=batch.images.device), len(batch.images))
-                codes = self.hint(batch, torch.full_like(batch.index, t), rng).double()
-                sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
-            count += len(batch.images) * self.grid**2
-        return (sums / max(count, 1)).float()
-
     def multiply_adds(self) -> int:
         """Per image and step."""
         return self.network.multiply_adds(self.tap)
@@ -81,10 +69,19 @@ class StoredHints:
         """(B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
         return self.store.gather(self.tap, timestep, batch.view, batch.index, batch.images.device)
 
-    def statistics(self, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
-        """As of :class:`LiveHints`, but over all images and views of the store."""
-        return self.store.statistics(self.tap, timesteps)
-
     def multiply_adds(self) -> int:
         """None: writing the store had its own budget."""
         return 0
+
+
+def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches: Iterable[Batch], grid: int) -> Tensor:
+    """(A, 2, C) float32: mean and mean square per timestep and channel over ``batches``, summed in float64."""
+    sums = torch.zeros(len(timesteps), 2, hints.channels, dtype=torch.float64)
+    count = 0
+    for number, batch in enumerate(batches):
+        for row, t in enumerate(timesteps):
+            rng = Rows(stream(0, "statistics", t, number, device=batch.images.device), len(batch.images))
+            codes = hints.hint(batch, torch.full_like(batch.index, t), rng).double()  # (B, C, g, g)
+            sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
+        count += len(batch.images) * grid**2
+    return (sums / max(count, 1)).float()

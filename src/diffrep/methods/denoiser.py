@@ -34,12 +34,14 @@ class DenoiserConfig(MethodConfig):
 
     kind: Literal["denoiser"] = "denoiser"
     in_channels: Literal[1, 3] = 3  # 1: the network sees the mean of the three channels
-    block_out_channels: tuple[int, ...] = (32, 64)  # width per resolution, each half the size of the one before
+    block_out_channels: tuple[int, ...] = Field(
+        (32, 64), min_length=1
+    )  # width per resolution, each half the size of the one before
     layers_per_block: int = Field(1, ge=1)
     norm_num_groups: int = Field(8, ge=1)
     mid_attention: bool = False
     attention_levels: tuple[int, ...] = ()  # positions in block_out_channels that get self-attention
-    attention_head_dim: int | None = 8  # channels per head; None: one head
+    attention_head_dim: int | None = Field(8, ge=1)  # channels per head; None: one head
     dropout: float = Field(0.0, ge=0, lt=1)
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     noise_schedule: Literal["linear", "cosine"] = "linear"

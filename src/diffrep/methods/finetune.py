@@ -98,6 +98,12 @@ def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
     if not (run_dir / "result.json").exists():
         raise UserError(f"method.init: {run_dir} is no finished run (no result.json)")
     state = read_weights(run_dir / "weights.safetensors")
+    taught = read_json(run_dir / "config.json")["student"]
+    for key in ("mean", "std"):
+        if tuple(taught[key]) != getattr(student.config, key):
+            raise UserError(
+                f"method.init: {run_dir} saw images with {key} {taught[key]}; set method.student.{key} to it"
+            )
     classifier = _classifier_prefix(student.backbone)
     own = {k: v for k, v in student.backbone.state_dict().items() if not k.startswith(classifier)}
     given = {k: v for k, v in state.items() if not k.startswith(classifier)}

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from diffrep import losses
 from diffrep.config import Config
 from diffrep.data.batch import Batch
-from diffrep.frozen.hints import LiveHints, StoredHints
+from diffrep.frozen.hints import LiveHints, StoredHints, statistics
 from diffrep.methods.base import Method, MethodConfig, mean_over_processes, save_student
 from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
+
+LONGEST_SCHEDULE = 100_000  # timesteps; the teacher's own length is asked when it is loaded
 
 
 class TimestepConfig(Config):
@@ -48,8 +50,8 @@ class TimestepConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> TimestepConfig:
         count = len(self.values)
-        if any(t < 0 for t in self.values):
-            raise ValueError(f"timesteps start at 0, not {min(self.values)}")
+        if any(not 0 <= t < LONGEST_SCHEDULE for t in self.values):
+            raise ValueError(f"timesteps are in 0..{LONGEST_SCHEDULE - 1}, and fewer in most schedules")
         if self.select == "fixed" and count != 1:
             raise ValueError(f"select 'fixed' takes one value, not {count}")
         if self.select == "range" and (count != 2 or self.values[0] >= self.values[1]):
@@ -114,7 +116,8 @@ class RepFusion(Method):
         channels = self.teacher.channels
         code_size = channels * config.hint_grid**2
         self.student = Student(config.student)
-        self.projector = nn.Conv2d(_map_channels(self.student, image_size), channels, 1)
+        width, self.uses_all_parameters = _try_out(self.student, image_size)
+        self.projector = nn.Conv2d(width, channels, 1)
         if config.timestep.select == "policy":
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
             self.task_head = mlp(code_size, channels, channels, num_classes)
@@ -150,7 +153,15 @@ class RepFusion(Method):
         loss = loss + self.config.task_weight * losses.mean_over(task_loss, known)
         loss = loss + self.config.policy_weight * losses.mean_over(policy_loss, known)
         loss = loss - self.entropy_weight(progress) * entropy
-        return {"loss": loss, **parts, **self._observed(task_loss, policy_loss, entropy, logits, known)}
+        parts |= {
+            "task_loss": losses.mean_over(task_loss, known),
+            "policy_loss": losses.mean_over(policy_loss, known),
+            "policy_entropy": entropy,
+            "reward": torch.where(known, reward, 0).sum() / known.sum().clamp(min=1),
+        }
+        if len(self.timesteps) <= MAX_SEPARATE:
+            parts["policy_probs"] = logits.softmax(1).mean(0)  # (A,)
+        return {"loss": loss, **parts}
 
     def choose(self, images: Tensor, rng: Rows) -> tuple[Tensor, Tensor | None]:
         """images -> positions in ``timesteps`` (B,), and the policy's logits (B, A) where there is one."""
@@ -184,27 +195,13 @@ class RepFusion(Method):
         config = self.config.timestep
         return config.entropy_weight * max(0.0, 1 - progress / config.entropy_until)
 
-    def _observed(
-        self, task_loss: Tensor, policy_loss: Tensor, entropy: Tensor, logits: Tensor, known: Tensor
-    ) -> dict[str, Tensor]:
-        seen = {
-            "task_loss": losses.mean_over(task_loss, known),
-            "policy_loss": losses.mean_over(policy_loss, known),
-            "policy_entropy": entropy,
-            "reward": self.baseline.clone(),
-        }
-        if logits.shape[1] <= MAX_SEPARATE:
-            seen["policy_probs"] = logits.softmax(1).mean(0)  # (A,)
-        return {
-            name: value.detach() if name not in ("task_loss", "policy_loss") else value for name, value in seen.items()
-        }
-
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Mean and deviation of the hint per channel, over the training set and the timesteps in use."""
         if self.config.standardise == "none":
             return
-        rows = self.teacher.statistics(self._representative(), batches)  # (A', 2, C): mean, mean of squares
+        grid = self.config.hint_grid
+        rows = statistics(self.teacher, self._representative(), batches, grid)  # (A', 2, C): mean, mean of squares
         rows = rows if self.config.standardise == "per_timestep" else rows.mean(0, keepdim=True)
         mean, square = rows.unbind(1)
         deviation = (square - mean.square()).clamp(min=0).sqrt()
@@ -253,9 +250,11 @@ def hints_of(config: RepFusionConfig, allow_code: bool) -> LiveHints | StoredHin
     return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code)
 
 
-@torch.no_grad()
-def _map_channels(student: Student, image_size: int) -> int:
+def _try_out(student: Student, image_size: int) -> tuple[int, bool]:
+    """Channels of the student's map, and whether every parameter of the student has a part in it."""
     was_training = student.training
-    channels = student.eval().feature_map(torch.zeros(1, 3, image_size, image_size)).shape[1]
-    student.train(was_training)
-    return channels
+    feature = student.eval().feature_map(torch.zeros(1, 3, image_size, image_size))
+    feature.sum().backward()
+    used = all(p.grad is not None for p in student.parameters())
+    student.train(was_training).zero_grad(set_to_none=True)
+    return feature.shape[1], used

@@ -86,14 +86,16 @@ class Recipe(Listed):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        labels, counts = self.data.labels, self.evaluate.probe_labels
-        if labels and isinstance(self.method, RepFusionConfig) and self.method.timestep.select == "policy":
-            few = [n for n in counts if n < labels]
-            if few:
-                seen = f"the policy sees {labels} labels (data.labels)"
-                raise ValueError(
-                    f"{seen}, so a probe with {few[0]} (evaluate.probe_labels) would not be a few-label score"
-                )
+        labels, readers = self.data.labels, self.method.label_readers()
+        few = [n for n in self.evaluate.probe_labels if labels and readers and n < labels]
+        if few:
+            seen = f"training reads {labels} labels (data.labels)"
+            raise ValueError(f"{seen}, so a probe with {few[0]} (evaluate.probe_labels) would not be a few-label score")
+        share = self.data.labelled_share
+        if share and not round(share * self.train.batch_size):
+            raise ValueError(
+                f"data.labelled_share {share} of batch_size {self.train.batch_size} is less than one image"
+            )
         if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
             raise ValueError(
                 "method.features replays a list of timesteps; timestep.select 'range' needs the teacher itself"
