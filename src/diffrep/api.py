@@ -170,7 +170,8 @@ def evaluate(
     wanted = validate(EvaluateConfig, {"probe_labels": tuple(labels), "knn": knn}, "evaluate")
     student = load_student(model)
     train_split, test_split = load_data(config, "train"), load_data(config, "test")
-    return student_scores(student, train_split, test_split, wanted, seed, default_device())
+    counts = wanted.probe_labels or (len(train_split),)
+    return student_scores(student, train_split, test_split, counts, wanted.knn, seed, default_device())
 
 
 def load_data(data: str | DataConfig, split: Split = "train") -> ImageSet:

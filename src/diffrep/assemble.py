@@ -158,7 +158,9 @@ def scores(recipe: Recipe, parts: Assembled, device: torch.device) -> dict[str, 
     student = getattr(parts.method, "student", None)
     if student is None or parts.train.labels is None:
         return {}
-    return student_scores(student, parts.train, parts.test, recipe.evaluate, label_seed(recipe), device)
+    counts = recipe.evaluate.probe_labels or (recipe.data.labels or len(parts.train),)
+    knn = recipe.evaluate.knn
+    return student_scores(student, parts.train, parts.test, counts, knn, label_seed(recipe), device)
 
 
 def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:

@@ -555,7 +555,7 @@ def test_the_official_policy_refuses_other_sizes():
         ({"select": "range", "values": (9, 5)}, "low < high"),
         ({"select": "list", "values": ()}, "needs the timesteps"),
         ({"select": "policy", "values": (3, 3)}, "named twice"),
-        ({"select": "policy", "values": (3, -1)}, "timesteps start at 0, not -1"),
+        ({"select": "policy", "values": (3, -1)}, "timesteps are in 0..99999"),
         ({"select": "best", "values": (3,)}, "'fixed', 'range', 'list' or 'policy'"),
         ({"values": (3,), "entropy_until": 0}, "greater than 0"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ from diffrep.models.weights import read_weights
 class EvaluateConfig(Config):
     """What is measured after training, on the test split, which nothing else reads."""
 
-    probe_labels: tuple[int, ...] = ()  # label counts for the linear probe of the frozen student; () = all labels
+    probe_labels: tuple[int, ...] = ()  # label counts of the linear probe; () = as many as training may read
     knn: int = Field(1, ge=1)  # neighbours
     samples: int = Field(20, ge=0)  # images a diffusion model draws for samples/grid.png
     num_sampling_steps: str = "20"  # of those images
 
 
 def student_scores(
-    student: Student, train: ImageSet, test: ImageSet, config: EvaluateConfig, label_seed: int, device: torch.device
+    student: Student,
+    train: ImageSet,
+    test: ImageSet,
+    counts: Sequence[int],
+    knn: int,
+    label_seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Percentages by name: ``linear_probe_50``, ``knn_50``, ... and ``top1`` where the student has a classifier.
 
@@ -40,7 +46,6 @@ def student_scores(
     student.eval().to(device)
     seen, held_out = (outputs(student.pooled, images, device) for images in (train, test))
     num_classes, scores = len(train.classes), {}
-    counts = config.probe_labels or (len(train),)
     draws = [label_subset(train.labels, n, label_seed) for n in counts]
     for n, linear in zip(
         counts, probe.probe_scores(seen, train.labels, held_out, test.labels, draws, num_classes), strict=True
@@ -48,7 +53,7 @@ def student_scores(
         scores[f"linear_probe_{n}"] = linear
     standard, standard_test = probe.standardise(seen, held_out)
     for n, draw in zip(counts, draws, strict=True):
-        found = probe.nearest_neighbours(standard[draw], train.labels[draw], standard_test, num_classes, config.knn)
+        found = probe.nearest_neighbours(standard[draw], train.labels[draw], standard_test, num_classes, knn)
         scores[f"knn_{n}"] = probe.accuracy(found, test.labels)
     if getattr(student.backbone, "num_classes", 0) == num_classes:
         scores["top1"] = probe.accuracy(outputs(student, test, device).argmax(1), test.labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from diffrep.data.datasets import DataConfig
-from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.repfusion import CONV
@@ -20,7 +19,6 @@ def finetune_digits_conv() -> Recipe:
         method=FinetuneConfig(student=CONV),
         optim=OptimConfig(lr=1e-3, weight_decay=5e-3),
         train=TrainConfig(steps=300, batch_size=50),
-        evaluate=EvaluateConfig(probe_labels=(50,)),
     )
 
 
