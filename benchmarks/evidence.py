@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.recipes.quickstart import LABELS, quickstart
+from diffrep.report.build import write_figure
 from diffrep.words import amount
 
 RESULTS = Path("docs/results")
@@ -60,7 +61,7 @@ def _opening(seeds: list[int], tested: int) -> str:
     return f"""# Quickstart: measured
 
 Made by `{COMMAND}` (`diffrep run quickstart --seeds {",".join(map(str, seeds))}`), one thread per process on a CPU.
-Percent correct on {tested} test digits that nothing else reads; mean ± standard deviation over {len(seeds)} seeds. A
+Percent correct on {tested} test digits that nothing else reads; mean ± standard deviation, {len(seeds)} seeds. A
 seed draws the {LABELS} labels, the diffusion model, all students and the order of images anew; within a seed all arms share
 them. One score near 90 % has a binomial standard error of {error:.1f} points, so compare arms seed by seed, as below.
 The arms behind the table: `docs/results/data/quickstart-*.json`.
@@ -144,6 +145,9 @@ def benchmarks_page(found: dict[str, Any]) -> str:
 def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "quickstart.md").write_text(quickstart_page())
+    study = Path("runs/evidence-quickstart")
+    if (study / "result.json").exists():
+        write_figure(study, Path("docs/figures/quickstart.svg"))
     benchmarks = Path("runs/benchmarks.json")
     if benchmarks.exists():
         (RESULTS / "benchmarks.md").write_text(benchmarks_page(json.loads(benchmarks.read_text())))

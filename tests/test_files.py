@@ -123,30 +123,30 @@ def test_other_errors_pass_through(tmp_path):
         open(tmp_path / "nothing")  # noqa: SIM115
 
 
-def hold(folder, ready, go_on):
+def hold(folder, pipe):
     with locked(folder):
-        ready.set()
-        go_on.wait(30)
+        pipe.send("held")
+        pipe.poll(30)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of tmp_path/run."""
     context = multiprocessing.get_context("fork")
-    ready, go_on = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "run", ready, go_on))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path / "run", theirs))
     process.start()
-    assert ready.wait(30)
-    yield process, go_on
-    go_on.set()
+    assert ours.poll(30) and ours.recv() == "held"
+    yield process, ours
+    process.kill()
     process.join()
 
 
 def test_a_lock_is_exclusive_and_released_at_the_end(tmp_path, holder):
-    process, go_on = holder
+    process, ours = holder
     with pytest.raises(UserError, match="run is in use by another process"), locked(tmp_path / "run"):
         pass
-    go_on.set()
+    ours.send("go on")
     process.join()
     with locked(tmp_path / "run"):
         assert names(tmp_path / "run") == [".lock"]

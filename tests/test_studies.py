@@ -56,7 +56,7 @@ def inline(monkeypatch):
             yield instance, studies._run_one(instance, out / instance.key, allow_code)
 
     monkeypatch.setattr(studies, "_run_all", run_all)
-    monkeypatch.setattr(studies, "_stop", type("Never", (), {"is_set": staticmethod(lambda: False)}))
+    monkeypatch.setattr(studies, "_stop", type("Never", (), {"value": 0}))
     monkeypatch.setattr(studies, "_news", type("Nobody", (), {"put": staticmethod(lambda news: None)}))
     return ran
 

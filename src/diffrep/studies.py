@@ -111,7 +111,7 @@ def _run_all(
     for variable in THREAD_VARIABLES:  # children read them when they import torch
         os.environ[variable] = "1"
     watch = _Watch(say, len(wanted))
-    stop = context.Event()
+    stop = context.Value("b", 0, lock=False)  # no lock, which a signal or a kill could leave taken
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_worker, initargs=(news, stop))
@@ -131,7 +131,7 @@ def _run_all(
     except BrokenProcessPool:
         raise RunError("a stage's process died (out of memory?); the same command goes on from here") from None
     except KeyboardInterrupt:
-        stop.set()  # a signal sent to this process alone does not reach the others
+        stop.value = 1  # a signal sent to this process alone does not reach the others
         raise Interrupted("study stopped; the same command goes on from here") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -152,11 +152,15 @@ def _worker(news: Any, stop: Any) -> None:
     global _news, _stop
     _news, _stop = news, stop
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, _wish_to_stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _wish_to_stop(*_: object) -> None:
+    _stop.value = 1
 
 
 def _end_with_parent() -> None:
@@ -180,7 +184,7 @@ def _run_one(instance: Instance, folder: Path, allow_code: bool) -> dict[str, An
             _news.put((instance.key, done, total))
 
     try:
-        result = run_task(instance.task, folder, _stop.is_set, progress, allow_code)
+        result = run_task(instance.task, folder, lambda: bool(_stop.value), progress, allow_code)
     except Interrupted:
         raise
     except DiffrepError as error:

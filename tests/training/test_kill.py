@@ -80,7 +80,7 @@ def test_three_kills(folder):
     finish(folder, "three")
 
 
-@pytest.mark.parametrize("moment", ["recipe.yaml", "checkpoints", "pipeline", "samples"])
+@pytest.mark.parametrize("moment", ["recipe.yaml", "pipeline", "samples"])
 def test_a_kill_at_the_moment_a_thing_appears(folder, moment):
     """From the first file to the last: what was begun is known again, what was half exported is exported again."""
     run = folder / moment
