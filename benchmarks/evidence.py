@@ -62,8 +62,9 @@ def _opening(seeds: list[int], tested: int) -> str:
 
 Made by `{COMMAND}` (`diffrep run quickstart --seeds {",".join(map(str, seeds))}`), one thread per process on a CPU.
 Percent correct on {tested} test digits that nothing else reads; mean ± standard deviation over {len(seeds)} seeds.
-A seed draws the {LABELS} labels, the diffusion model, all students and the order of images anew; within a seed all arms
-share them. One score near 90 % has a binomial standard error of {error:.1f} points, so compare arms seed by seed, as below.
+A seed draws the {LABELS} labels, the diffusion model, all students and the order of images anew; within a seed all
+arms share them. One score near 90 % has a binomial standard error of {error:.1f} points, so compare arms seed by seed,
+as below.
 The arms behind the table: `docs/results/data/quickstart-*.json`.
 
 The cost is each arm's own: the diffusion model (600 steps, about 40 CPU s) and the stored hints (about 30 CPU s) come

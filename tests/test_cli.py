@@ -147,10 +147,6 @@ def test_a_damaged_teacher_is_named(here):
     assert "no diffusers folder: no unet/config.json" in refused(here, *RUN_WITH_TEACHER)
 
 
-NOISY = pytest.mark.xfail(strict=True, reason="frozen/files.py lets diffusers and torch write to stderr too")
-
-
-@NOISY
 def test_a_teacher_without_weights_is_one_line(here):
     (here / WEIGHTS).unlink()
     assert "cannot be loaded" in refused(here, *RUN_WITH_TEACHER)
@@ -170,7 +166,6 @@ def test_a_pickle_as_teacher_is_refused_and_not_run(here):
     assert not (here / "pickle_was_run").exists() and everything(here) == before
 
 
-@NOISY
 def test_a_pickle_as_teacher_is_one_line(here):
     (here / WEIGHTS).unlink()
     (here / PIPELINE / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"conv_in.weight": Malicious()}))

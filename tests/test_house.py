@@ -189,6 +189,8 @@ def test_nothing_pickles_and_nothing_asserts_the_users_input():
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                if called == "torch.load" and any(ast.unparse(k) == "weights_only=True" for k in node.keywords):
+                    continue
                 assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"), file
 
 

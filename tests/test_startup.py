@@ -125,7 +125,6 @@ runpy.run_module("diffrep", run_name="__main__")
     assert "a socket was opened" in refused.stderr  # the watch can refuse
 
 
-@pytest.mark.xfail(strict=True, reason="the room diffrep.report takes the place of the function diffrep.report")
 def test_public_names_stay_functions_after_their_rooms_were_imported():
     script = "import diffrep, diffrep.report; assert all(callable(getattr(diffrep, n)) for n in diffrep.__all__[1:])"
     assert subprocess.run([*PYTHON, "-c", script], capture_output=True, timeout=60).returncode == 0

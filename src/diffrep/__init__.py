@@ -13,14 +13,10 @@ if TYPE_CHECKING:
     from diffrep.api import load_data as load_data
     from diffrep.api import load_teacher as load_teacher
     from diffrep.api import probe as probe
-    from diffrep.api import report as report
     from diffrep.api import run as run
     from diffrep.api import show as show
 
-_HOMES = dict.fromkeys(("evaluate", "features", "load_teacher", "probe", "report", "run", "show"), "diffrep.api")
-_HOMES["load_data"] = "diffrep.data.datasets"
-
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", "evaluate", "features", "load_data", "load_teacher", "probe", "run", "show"]
 
 
 def __getattr__(name: str) -> Any:

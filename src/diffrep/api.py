@@ -135,8 +135,8 @@ def features(
     """
     values = {"name": "features", "teacher": teacher, "data": data, "split": split, "features": settings}
     task = validate(FeatureTask, values, "features")
-    with progress("features") as told:
-        return run_task(task, Path(out), progress=told, allow_code=allow_code)
+    with wish_to_stop() as stop, progress("features") as told:
+        return run_task(task, Path(out), stop, told, allow_code)
 
 
 def probe(
@@ -145,8 +145,8 @@ def probe(
     """Probe a teacher at taps and timesteps; ``settings`` are the fields of a ``SweepConfig``, the rows in ``rows``."""
     values = {"name": "probe", "teacher": teacher, "data": {"source": data}, "sweep": settings}
     task = validate(SweepTask, values, "probe")
-    with progress("probe") as told:
-        return run_task(task, Path(out), progress=told, allow_code=allow_code)
+    with wish_to_stop() as stop, progress("probe") as told:
+        return run_task(task, Path(out), stop, told, allow_code)
 
 
 def evaluate(

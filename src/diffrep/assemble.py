@@ -119,6 +119,7 @@ def train(
     run = RunDir(run_dir)
     if (found := _finished(run, recipe)) is not None:
         return found
+    run.check(to_yaml(recipe))
     parts = assemble(recipe, allow_code)
     writes = is_main_process()
     run = RunDir(run_dir, writes)

@@ -39,18 +39,20 @@ def run_task(
     found = run.result()
     if found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed):
         return found
+    run.check(to_yaml(task))
     began = time.process_time()
     work = _features(task, allow_code) if isinstance(task, FeatureTask) else _sweep(task, allow_code)
     with locked(run_dir):
         run.begin(to_yaml(task))
         result = {"name": task.name, "kind": task.kind, "recipe_hash": recipe_hash(task), "seed": task.seed}
-        result |= work(run_dir, progress)
+        result |= work(run_dir, progress, stop)
         result["cpu_seconds"] = round(time.process_time() - began, 2)
         run.finish(result)
     return result
 
 
-Work = Callable[[Path, Report], dict[str, Any]]  # what is left to do once everything was loaded and nothing refused
+Stop = Callable[[], bool]
+Work = Callable[[Path, Report, Stop], dict[str, Any]]  # what is left once everything was loaded
 
 
 def _features(task: FeatureTask, allow_code: bool) -> Work:
@@ -69,9 +71,9 @@ def _features(task: FeatureTask, allow_code: bool) -> Work:
     def view_of(view: int, index: Tensor) -> Tensor:
         return feed.gather(index, torch.full_like(index, view), default_device()).images
 
-    def work(run_dir: Path, progress: Report) -> dict[str, Any]:
+    def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
         manifest = write_features(
-            run_dir, teacher, task.features, view_of, len(images), views, source, task.seed, progress
+            run_dir, teacher, task.features, view_of, len(images), views, source, task.seed, progress, stop
         )
         passes = len(images) * views * len(task.features.timesteps)
         return {"shapes": manifest["shapes"], **_about(teacher, task.features.taps, passes)}
@@ -84,8 +86,8 @@ def _sweep(task: SweepTask, allow_code: bool) -> Work:
     train, held_out = load_data(task.data, "train"), load_data(task.data, task.sweep.split)
     teacher.check_size(*train.image_size)
 
-    def work(run_dir: Path, progress: Report) -> dict[str, Any]:
-        rows = sweep(teacher, train, held_out, task.sweep, task.seed, default_device(), progress)
+    def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
+        rows = sweep(teacher, train, held_out, task.sweep, task.seed, default_device(), progress, stop)
         write_json(run_dir / SWEEP, rows)
         passes = (len(train) + len(held_out)) * len(task.sweep.timesteps)
         labels = {"probe": task.sweep.labels or len(train)}

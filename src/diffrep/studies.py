@@ -75,6 +75,7 @@ def run_study(
         say: called with each line for the user.
     """
     run = RunDir(out)
+    run.check(to_yaml(study))
     with locked(out):
         run.begin(to_yaml(study))
         everything = instances(study, out)

@@ -164,8 +164,8 @@ class Stream:
         return torch.stack([torch.from_numpy(image) for _, image in self.readable(index.tolist(), skip=False)])
 
     def fingerprint(self, labels: Tensor | None) -> str:
-        described = [self.part.files, [self.part.names[p] for p in self.positions], self.shape]
         """Hex SHA-256 over file names and sizes, image names and labels: what can be had without decoding."""
+        described = [self.part.files, [self.part.names[p] for p in self.positions], self.shape]
         digest = hashlib.sha256(json.dumps(described).encode())
         digest.update(b"unlabelled" if labels is None else labels.numpy().tobytes())
         return digest.hexdigest()

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from diffrep.config import Config
+from diffrep.console import Report
 from diffrep.data.datasets import ImageSet, label_subset
-from diffrep.errors import UserError
+from diffrep.errors import Interrupted, UserError
 from diffrep.evaluation.classify import outputs
 from diffrep.evaluation.probe import probe_scores
 from diffrep.frozen.diffusion import DiffusionTeacher
@@ -38,7 +39,8 @@ def sweep(
     config: SweepConfig,
     seed: int,
     device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Report = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """One row per (tap, timestep): mean and standard deviation over the draws, percent; raw pixels as first row.
 
@@ -62,6 +64,8 @@ def sweep(
         seen, unseen = (features_of(teacher, images, timestep, config, seed, device) for images in (train, held_out))
         rows += [row(tap, timestep, seen[tap], unseen[tap]) for tap in config.taps]
         progress(number + 1, len(config.timesteps))
+        if stop():
+            raise Interrupted(f"stopped after t = {timestep}; a sweep begins anew the next time")
     return rows
 
 

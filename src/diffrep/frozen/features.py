@@ -19,7 +19,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffrep.config import Config
-from diffrep.errors import UserError, nearest
+from diffrep.console import Report
+from diffrep.errors import Interrupted, UserError, nearest
 from diffrep.files import disk_errors, read_json, sha256_of, write_json
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.randomness import Rows, stream
@@ -55,7 +56,8 @@ def write_features(
     num_views: int,
     source: dict[str, Any],
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Report = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Fill ``folder``; returns the manifest. Running it again continues, or returns at once when it is complete.
 
@@ -63,6 +65,10 @@ def write_features(
         images: (view, index (B,) int64) -> (B, 3, H, W) float32 in [0, 1]; called block by block.
         source: what the images are (name, split, fingerprint, augment), kept in the manifest.
         progress: called with (blocks done, in all).
+        stop: asked after each block.
+
+    Raises:
+        Interrupted: ``stop()`` said so; what is done was noted.
     """
     settings = store_settings(teacher, config, num_images, num_views, source, seed)
     if (folder / MANIFEST).exists():
@@ -81,8 +87,13 @@ def write_features(
             for tap, values in block.items():
                 arrays[tap][step, view, first : first + len(index)] = values
             progress(number + 1, len(blocks))
-            if number % 256 == 255:
+            stopping = stop() and number + 1 < len(blocks)
+            if number % 256 == 255 or stopping:
                 _note(folder, arrays, settings, number + 1)
+            if stopping:
+                raise Interrupted(
+                    f"stopped at block {number + 1} of {len(blocks)}; the same command goes on from there"
+                )
         _note(folder, arrays, settings, len(blocks))
     files = {f"{tap}.npy": sha256_of(folder / f"{tap}.npy") for tap in config.taps}
     manifest = {**settings, "shapes": {t: list(s) for t, s in shapes.items()}, "sha256": files}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffrep import _torchvision_compat, assets
@@ -104,10 +106,10 @@ def _strictly(folder: Path, name: str) -> nn.Module:
     from diffusers import UNet2DModel
     from safetensors import SafetensorError
 
-    _refuse_truncated(folder)
+    safe = _refuse_unreadable(folder, name)
     try:
         loaded, info = UNet2DModel.from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True, use_safetensors=safe
         )
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name}: its weights cannot be loaded ({_first_line(error)})") from None
@@ -118,16 +120,27 @@ def _strictly(folder: Path, name: str) -> nn.Module:
     return loaded.float()
 
 
-def _refuse_truncated(folder: Path) -> None:
-    """diffusers buries a truncated file in a long text; safetensors itself says it in a line."""
+def _refuse_unreadable(folder: Path, name: str) -> bool:
+    """Look into the weights before diffusers does, which buries what is wrong in many lines; True if safetensors."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
+    safe, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+    if not safe and not pickles:
+        raise UserError(f"{name}: its weights cannot be loaded (no .safetensors or .bin file in {folder})")
+    for file in safe:
         try:
             with safe_open(file, "pt"):
                 pass
         except SafetensorError as error:
             raise UserError(f"{file} is corrupt or truncated ({error}): fetch or train it again") from None
+    for file in [] if safe else pickles:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+            why = f"{file.name} is damaged, or a pickle that wants to run code; nothing of it was run"
+            raise UserError(f"{name}: its weights cannot be loaded ({why})") from None
+    return bool(safe)
 
 
 def _first_line(error: Exception) -> str:

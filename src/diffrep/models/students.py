@@ -126,7 +126,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise UserError(f"student '{name}' is no timm model; {nearest(name, timm.list_models())}")
     try:
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError) as error:
         raise UserError(f"student '{name}' does not take options {options}: {error}") from None
 
 

@@ -30,20 +30,22 @@ class RunDir:
         """What a finished run recorded, else None."""
         return read_json(self.path / RESULT) if (self.path / RESULT).exists() else None
 
-    def begin(self, recipe_yaml: str) -> None:
-        """Record what will run.
-
-        Raises:
-            UserError: the folder belongs to another recipe.
-        """
+    def check(self, recipe_yaml: str) -> None:
+        """Refuse a folder that belongs to another recipe, or to something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: a file is in its way; choose another --out")
         found = self.path / RECIPE
         if found.exists() and found.read_text(encoding="utf-8") != recipe_yaml:
             raise UserError(f"{self.path} belongs to another recipe (see its {RECIPE}); choose another --out")
         # Hidden files are the lock and what a killed writer left behind.
         if not found.exists() and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
+
+    def begin(self, recipe_yaml: str) -> None:
+        """Record what will run; see :meth:`check` for what is refused."""
+        self.check(recipe_yaml)
         if self.writes:
-            write_atomic(found, recipe_yaml)  # first: by it a run that was killed here is known again
+            write_atomic(self.path / RECIPE, recipe_yaml)  # first: by it a run that was killed here is known again
             write_json(self.path / ENVIRONMENT, environment())
 
     def metrics(self) -> list[dict[str, Any]]:
