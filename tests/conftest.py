@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples at every run; `--hypothesis-profile default` looks for new ones.
+hypothesis.settings.register_profile("steady", derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 torch.set_num_threads(1)  # two processes with many threads each starve each other, and rounding then varies
 

@@ -75,7 +75,7 @@ class StoredHints:
 
 
 def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches: Iterable[Batch], grid: int) -> Tensor:
-    """(A, 2, C) float32: mean and mean square per timestep and channel over ``batches``, summed in float64."""
+    """(A, 2, C) float64: mean and mean square per timestep and channel over ``batches``."""
     sums = torch.zeros(len(timesteps), 2, hints.channels, dtype=torch.float64)
     count = 0
     for number, batch in enumerate(batches):
@@ -84,4 +84,4 @@ def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches
             codes = hints.hint(batch, torch.full_like(batch.index, t), rng).double()  # (B, C, g, g)
             sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
         count += len(batch.images) * grid**2
-    return (sums / max(count, 1)).float()
+    return sums / max(count, 1)
