@@ -10,6 +10,7 @@ Letters: N images of a split, B images of a batch, H and W pixels.
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -112,6 +113,17 @@ class ImageSet:
         if isinstance(self._images, Tensor):
             return self._images[index.to(self.device)]
         return self._images.gather(index).to(self.device)
+
+    def subset(self, positions: Tensor) -> ImageSet:
+        """Only these images, (M,) int64, in this order; no pixel is decoded for it."""
+        images: Tensor | Stream
+        if isinstance(self._images, Tensor):
+            images = self._images[positions.to(self.device)]
+        else:
+            images = copy.copy(self._images)
+            images.positions = [self._images.positions[p] for p in positions.tolist()]
+        labels = None if self.labels is None else self.labels[positions.to(self.labels.device)]
+        return ImageSet(self.name, self.split, self.classes, self.licence, images, labels).to(self.device)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Move resident pixels and labels; returns itself, as ``nn.Module.to`` does."""

@@ -44,9 +44,10 @@ def student_scores(
     if train.labels is None or test.labels is None:
         raise UserError(f"evaluate: {train.name} has no labels to score against")
     student.eval().to(device)
-    seen, held_out = (outputs(student.pooled, images, device) for images in (train, test))
     num_classes, scores = len(train.classes), {}
-    draws = [label_subset(train.labels, n, label_seed) for n in counts]
+    train, draws = relevant(train, [label_subset(train.labels, n, label_seed) for n in counts])
+    assert train.labels is not None  # as before
+    seen, held_out = (outputs(student.pooled, images, device) for images in (train, test))
     for n, linear in zip(
         counts, probe.probe_scores(seen, train.labels, held_out, test.labels, draws, num_classes), strict=True
     ):
@@ -58,6 +59,16 @@ def student_scores(
     if getattr(student.backbone, "num_classes", 0) == num_classes:
         scores["top1"] = probe.accuracy(outputs(student, test, device).argmax(1), test.labels)
     return {name: round(score, 3) for name, score in scores.items()} | {"test_images": len(test)}
+
+
+STATISTICS_IMAGES = 4096  # that standardising looks at, besides the labelled ones
+
+
+def relevant(train: ImageSet, draws: Sequence[Tensor]) -> tuple[ImageSet, list[Tensor]]:
+    """The images a probe can depend on, and where the draws lie among them; features of others are not computed."""
+    spread = torch.linspace(0, len(train) - 1, min(len(train), STATISTICS_IMAGES)).round().long()
+    positions = torch.cat([spread, *draws]).unique()
+    return train.subset(positions), [torch.searchsorted(positions, draw) for draw in draws]
 
 
 @torch.no_grad()

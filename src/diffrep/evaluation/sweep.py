@@ -14,7 +14,7 @@ from diffrep.config import Config
 from diffrep.console import Report
 from diffrep.data.datasets import ImageSet, label_subset
 from diffrep.errors import Interrupted, UserError
-from diffrep.evaluation.classify import outputs
+from diffrep.evaluation.classify import outputs, relevant
 from diffrep.evaluation.probe import probe_scores
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.randomness import Rows, derived_seed, stream
@@ -51,10 +51,12 @@ def sweep(
     num_classes = len(train.classes)
     # The first draw is the one that training with this seed and as many labels sees.
     seeds = [seed, *(derived_seed(seed, "label draw", d) for d in range(1, config.draws))]
-    draws = [label_subset(train.labels, config.labels or len(train), s) for s in seeds]
+    train, draws = relevant(train, [label_subset(train.labels, config.labels or len(train), s) for s in seeds])
+    labels = train.labels
+    assert labels is not None  # as before
 
     def row(tap: str, timestep: int | None, seen: Tensor, unseen: Tensor) -> dict[str, Any]:
-        scores = torch.tensor(probe_scores(seen, train.labels, unseen, held_out.labels, draws, num_classes))
+        scores = torch.tensor(probe_scores(seen, labels, unseen, held_out.labels, draws, num_classes))
         spread = float(scores.std()) if len(scores) > 1 else 0.0
         return {"tap": tap, "timestep": timestep, "mean": round(float(scores.mean()), 3), "sd": round(spread, 3)}
 
