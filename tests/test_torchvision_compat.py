@@ -84,3 +84,15 @@ def test_a_library_that_does_not_load_is_said_so(monkeypatch):
     assert compat.compiled_operators_load() is False
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel", lambda name: True)
     assert compat.compiled_operators_load() is True
+
+
+@pytest.mark.parametrize("name", ["_C.so", "_C_stable.so", "_C.pyd"])
+def test_the_compiled_library_is_found_under_each_of_its_names(name, tmp_path, monkeypatch):
+    (tmp_path / name).touch()
+    (tmp_path / "image.so").touch()
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    tried = []
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel", lambda _: False)
+    monkeypatch.setattr(torch.ops, "load_library", tried.append)
+    assert compat.compiled_operators_load() and tried == [str(tmp_path / name)]

@@ -45,10 +45,11 @@ def compiled_operators_load() -> bool:
         return False
     from pathlib import Path
 
-    for library in sorted(Path(spec.submodule_search_locations[0]).glob("_C.*")):
+    # _C.so until torchvision 0.28, _C_stable.so after it.
+    for library in sorted(Path(spec.submodule_search_locations[0]).glob("_C*.*")):
         try:
             torch.ops.load_library(str(library))
         except OSError:
-            return False
+            continue
         return True
     return False
