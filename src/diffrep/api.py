@@ -54,7 +54,7 @@ def run(
     """
     task = load(recipe, overrides, allow_code) if isinstance(recipe, str) else recipe
     if isinstance(task, Study):
-        task = task.model_copy(update={"seeds": tuple(seeds)}) if seeds else task
+        task = validate(Study, task.model_dump(mode="json") | {"seeds": list(seeds)}, "--seeds") if seeds else task
         folder = Path(out) if out else default_run_dir(task)
         result = run_study(task, folder, check_jobs(jobs), Path(record) if record else None, allow_code, say)
         return result | _study_words(task, result) | {"report": str(report([folder], folder / "report.html"))}

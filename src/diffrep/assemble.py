@@ -22,6 +22,7 @@ from diffrep import counting
 from diffrep.console import Report
 from diffrep.data.datasets import ImageSet, hide_labels, label_subset, load_data
 from diffrep.data.feed import Feed
+from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
 from diffrep.evaluation.classify import student_scores
 from diffrep.files import locked
@@ -31,6 +32,7 @@ from diffrep.methods.finetune import Finetune
 from diffrep.methods.repfusion import RepFusion
 from diffrep.randomness import seeded
 from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
+from diffrep.training.checkpoint import latest
 from diffrep.training.run import RunDir
 from diffrep.training.trainer import Trainer
 
@@ -65,6 +67,7 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
         seen.labels = hide_labels(train.labels, labelled)
     with seeded(recipe.seed, "initialisation"):
         method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
+    _views_possible(recipe, train)
     method.check_data(train.fingerprint, recipe.data.augment)
     _scores_possible(recipe, method, train, test)
     feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled)
@@ -99,6 +102,12 @@ def _scores_possible(recipe: Recipe, method: Method, train: ImageSet, test: Imag
             label_subset(train.labels, count, label_seed(recipe))
 
 
+def _views_possible(recipe: Recipe, train: ImageSet) -> None:
+    if augmentation(recipe.data.augment).reach >= min(train.image_size):
+        height, width = train.image_size
+        raise UserError(f"data.augment '{recipe.data.augment}' moves {height}x{width} images out of sight")
+
+
 def _square(images: ImageSet, recipe: Recipe) -> int:
     height, width = images.image_size
     if height != width:
@@ -128,7 +137,8 @@ def train(
         run.begin(to_yaml(recipe))
         began = time.monotonic()
         device = trainer.accelerator.device
-        parts.method.prepare(parts.feed.sweep(256, device, STATISTICS_IMAGES))
+        if latest(run_dir / "checkpoints") is None:  # a checkpoint holds what was prepared
+            parts.method.prepare(parts.feed.sweep(256, device, STATISTICS_IMAGES))
         budget = trainer.fit(stop, progress)
         if not writes:
             return {}
@@ -176,8 +186,10 @@ def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
         "seed": recipe.seed,
         "licence": parts.method.licence,
         "data": {"source": recipe.data.source, "licence": parts.train.licence, "fingerprint": parts.train.fingerprint,
-                 "train_images": len(parts.train), "test_images": len(parts.test), "skipped": parts.train.skipped},
+                 "train_images": len(parts.train), "test_images": len(parts.test), "skipped": parts.train.skipped,
+                 "skipped_names": list(parts.train.skipped_names[:20])},
         "labels_seen": labels_seen(recipe, parts),
+        "labels_behind": parts.method.labels_behind,
         "parameters": sum(p.numel() for p in parts.method.parameters() if p.requires_grad),
         "multiply_adds": counted * images,
     }  # fmt: skip

@@ -245,6 +245,8 @@ def data_prepare(name: str, path: Path, out: Path, as_json: AsJson = False) -> N
 
 def _report(found: Any, as_json: bool) -> None:
     _print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+    if not found.is_complete:
+        raise typer.Exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -305,6 +307,9 @@ def _failed(error: Exception) -> int:
     if hasattr(error, "format_message"):  # what the parser of the command line raises
         _say(f"diffrep: {' '.join(error.format_message().split())} (diffrep --help)")
         return 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        _say("diffrep: out of memory; try a smaller train.micro_batch_size or batch_size; the same command goes on")
+        return 3
     _say(
         f"diffrep: a fault of ours: {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
     )

@@ -275,7 +275,11 @@ def _summary(study: Study, everything: list[Instance], results: dict[str, dict[s
 
 
 def default_jobs() -> int:
-    """One process per core that this process may use."""
+    """One process per GPU where there is one, else one per core that this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -121,7 +121,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tiny):
 
 
 def test_the_reward_is_that_of_the_head_on_the_pooled_code(tiny):
-    """Recomputed by hand from the teacher's feature: -CE, its mean as the first baseline, REINFORCE."""
+    """Recomputed by hand from the teacher's feature: -CE, chance as the first baseline, REINFORCE."""
     method = built(tiny)
     nn.init.normal_(method.policy.fc.weight)
     shown = batch()
@@ -132,24 +132,38 @@ def test_the_reward_is_that_of_the_head_on_the_pooled_code(tiny):
     cost = F.cross_entropy(method.task_head(code)[:4], shown.labels[:4], reduction="none")
     torch.testing.assert_close(parts["task_loss"], cost.sum() / 6)
     log_prob = logits.log_softmax(1).gather(1, choice[:, None])[:4, 0]
-    torch.testing.assert_close(parts["policy_loss"], (log_prob * (cost - cost.mean())).sum() / 6)
+    torch.testing.assert_close(parts["policy_loss"], (log_prob * (cost - math.log(4))).sum() / 6)
     student = F.conv2d(method.student.feature_map(shown.images), method.projector.weight, method.projector.bias)
     torch.testing.assert_close(parts["kd_loss"], F.mse_loss(student.mean((2, 3)), code), rtol=1e-4, atol=1e-6)
 
 
-def test_the_baseline_is_the_running_mean_before_this_step(tiny):
+def test_the_baseline_is_the_running_mean_of_the_steps_before(tiny):
     method = built(tiny, policy(baseline_decay=0.75)).train()
-    known = torch.tensor([True, True, False])
-    reward = torch.tensor([-1.0, -3.0, -100.0])
-    assert float(method.baseline_for(reward, known)) == -2  # the first step: its own mean
-    assert float(method.baseline_for(reward + 1, known)) == -2
-    assert float(method.baseline_for(reward, known)) == pytest.approx(0.75 * -2 + 0.25 * -1)
-    before = method.baseline.clone()
-    assert torch.equal(method.baseline_for(reward, torch.zeros(3, dtype=torch.bool)), before)
-    method.eval().baseline_for(reward, known)
-    assert torch.equal(method.baseline, before) and {"baseline", "baseline_steps"} <= method.state_dict().keys()
+    chance = -math.log(4)
+    assert float(method.baseline()) == pytest.approx(chance)  # before anything is learnt
+    method.rewards = [torch.tensor([-4.0, 2.0]), torch.tensor([-2.0, 1.0])]  # two micro-batches: sums and counts
+    assert float(method.baseline()) == pytest.approx(chance)  # not before the step has ended
+    method.after_step()
+    assert float(method.baseline()) == pytest.approx(0.75 * chance + 0.25 * -2)
+    before = method.baseline().clone()
+    method.rewards = [torch.tensor([0.0, 0.0])]  # a step without a labelled image
+    method.after_step()
+    assert torch.equal(method.baseline(), before) and "running_reward" in method.state_dict()
     official = built(tiny, policy(baseline="none")).train()
-    assert [float(official.baseline_for(reward, known)) for _ in range(2)] == [0, 0]
+    official.rewards = [torch.tensor([-4.0, 2.0])]
+    official.after_step()
+    assert float(official.baseline()) == 0 and float(official.running_reward) < 0  # still logged
+
+
+def test_micro_batches_and_one_batch_give_the_same_baseline(tiny):
+    whole, shared = built(tiny), built(tiny)
+    whole(batch(), rows(), 0.0)
+    shown = batch()
+    for part in ([0, 1, 2, 3], [4, 5]):  # the second share has no label
+        piece = Batch(shown.images[part], shown.labels[part], shown.index[part], None)
+        shared(piece, Rows(stream(0, "step", 0), 6, part), 0.0)
+    totals = [torch.stack(m.rewards).sum(0) for m in (whole, shared)]
+    assert totals[0][1] == totals[1][1] == 4 and len(shared.rewards) == 2
 
 
 def test_the_entropy_weight_falls_to_nothing(tiny):
@@ -204,7 +218,7 @@ def test_training_leaves_the_teacher_as_it_was(tiny):
     assert DiffusionTeacher(network.module, "again", 8).sha256 == before
     names = [*method.state_dict(), *dict(method.named_parameters()), *dict(method.named_modules())]
     assert {n.split(".")[0] for n in names if n} == {
-        "student", "projector", "policy", "task_head", "hint_mean", "hint_std", "baseline", "baseline_steps",
+        "student", "projector", "policy", "task_head", "hint_mean", "hint_std", "running_reward",
     }  # fmt: skip
     trained = {id(p) for p in method.parameters()}
     assert not any(id(p) in trained for p in network.module.parameters())

@@ -121,7 +121,7 @@ def examples(count):
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@examples(130)
+@examples(220)
 @given(mutated())
 @example({"kind": "study", "name": "x", "stages": None})
 @example({"kind": ["study"]})
@@ -132,7 +132,7 @@ def test_mutated_yaml(folder, values):
     attempt(file)
 
 
-@examples(200)
+@examples(300)
 @given(mutated(), st.booleans())
 def test_mutated_json(folder, values, ascii_only):
     file = folder / "fuzz.json"

@@ -224,7 +224,8 @@ def label_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
     Args:
         labels: (N,) int64; -1 is not a label.
-        count: images in all; what does not divide by the classes goes to classes picked by the seed.
+        count: images in all; what does not divide by the classes goes to classes picked by the seed. As many as
+            there are means all of them, balanced or not.
         seed: which draw.
 
     Returns:
@@ -241,7 +242,7 @@ def label_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     names, number, available = labels.cpu()[order].unique(return_inverse=True, return_counts=True)
     turn = torch.randperm(len(names), generator=rng)  # (K,) whose turn comes first
     needed = count // len(names) + (turn < count % len(names))
-    if bool((short := available < needed).any()):
+    if count < len(labelled) and bool((short := available < needed).any()):
         worst = int(short.nonzero()[0])
         have, want = int(available[worst]), int(needed[worst])
         raise UserError(f"data.labels = {count}: class {int(names[worst])} has {have} labelled images, {want} needed")

@@ -43,6 +43,8 @@ def _counted(text: str) -> list[str]:
     if not found:
         return [os.path.expanduser(text)]
     numbers = range(int(found[1]), int(found[2]) + 1)
+    if len(found[2]) > 7:
+        raise UserError(f"shards:{text}: {found[0]} are more files than any set has")
     return [t for n in numbers for t in _counted(f"{text[: found.start()]}{n:0{len(found[1])}d}{text[found.end() :]}")]
 
 

@@ -122,6 +122,6 @@ def _by_stride(total: int, wanted: int) -> np.ndarray:
 
 
 def _count(text: str, spacing: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < 1:
         raise UserError(f"num_sampling_steps '{spacing}' is not 'N', 'a,b,c' or 'ddimN' with whole numbers above 0")
     return int(text)

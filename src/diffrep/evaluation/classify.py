@@ -101,7 +101,7 @@ def load_student(model: str) -> Student:
     card = read_json(folder / "config.json")
     if "student" not in card:
         raise UserError(f"{folder / 'config.json'} was not written by diffrep (no 'student' in it)")
-    student = Student(validate(StudentConfig, card["student"], str(folder / "config.json")), card["num_classes"])
+    student = Student(validate(StudentConfig, card["student"], str(folder / "config.json")), card.get("num_classes", 0))
     try:
         student.backbone.load_state_dict(dict(read_weights(weights)))
     except RuntimeError as error:

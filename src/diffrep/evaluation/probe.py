@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEIGHBOUR_BLOCK = 1024  # test images at once
 PENALTIES = tuple(10.0**e for e in range(-3, 4))  # times the mean squared length of a feature vector
 
 
@@ -68,6 +69,9 @@ def primal_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
 
 def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int = 1) -> Tensor:
     """Majority among the ``k`` nearest by cosine; a tie goes to the nearer ones. (m,) int64."""
+    if len(test) > NEIGHBOUR_BLOCK:  # so that the table of similarities stays small
+        blocks = [nearest_neighbours(train, labels, part, num_classes, k) for part in test.split(NEIGHBOUR_BLOCK)]
+        return torch.cat(blocks)
     similarity = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T
     near = similarity.topk(min(k, len(train)), dim=1)
     votes = F.one_hot(labels[near.indices], num_classes).double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class SweepConfig(Config):
     """The grid, and with how many labels each point is judged."""
 
     taps: tuple[str, ...] = Field(min_length=1)
-    timesteps: tuple[int, ...] = Field(min_length=1)
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(min_length=1)
     pool: int = Field(1, ge=1)  # cells per side each map is pooled to
     noise: Literal["forward"] | None = None  # None: clean image
     labels: int | None = None  # labelled images of each draw, class-balanced; None = all

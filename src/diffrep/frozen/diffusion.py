@@ -29,6 +29,7 @@ class DiffusionTeacher(FrozenModule):
     module:       any network of (x, timestep) or, with num_classes, of (x, timestep, class_labels=...).
     num_classes:  None for an unconditional network; else the label ``num_classes`` is the null class.
     prediction:   what the network returns: ``epsilon`` or ``v_prediction`` (only a generator asks).
+    labels_seen:  how many labels its training read, by part, where a run of ours says so.
     call_options: further keywords for each call (diffusers: ``return_dict=False``).
     """
 
@@ -43,8 +44,10 @@ class DiffusionTeacher(FrozenModule):
         prediction: str = "epsilon",
         licence: str = "unknown",
         call_options: dict[str, Any] | None = None,
+        labels_seen: dict[str, int] | None = None,
     ) -> None:
         super().__init__(module, name, licence)
+        self.labels_seen = labels_seen or {}
         self.call_options = call_options or {}
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.schedule = schedule or NoiseSchedule.named("linear")
@@ -100,12 +103,14 @@ class DiffusionTeacher(FrozenModule):
             labels: (B,) int64 for a class-conditional network; None is its null class.
 
         Returns:
-            {tap: (B, C, h, w) float32}.
+            {tap: float32, as the module returns it: (B, C, h, w), (B, N, C) or (B, C)}.
 
         Raises:
             UserError: unknown tap, timestep outside [0, T), images of another size.
         """
-        return _read(self.module, self._call(images, timestep, noise, labels, rng), [self.tap(name) for name in taps])
+        run = self._call(images, timestep, noise, labels, rng)
+        found = _read(self.module, run, [self.tap(name) for name in taps])
+        return {name: feature.float() for name, feature in found.items()}
 
     @torch.no_grad()
     def predict(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -189,6 +194,7 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
         prediction=scheduler.get("prediction_type", "epsilon"),
         licence=card.get("licence", "unknown"),
         call_options={"return_dict": False},
+        labels_seen=card.get("labels_seen"),
     )
 
 
@@ -220,7 +226,11 @@ def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
 
 
 def _from_factory(path: str, allow_code: bool) -> DiffusionTeacher:
-    made = foreign_factory(path, allow_code)()
+    factory = foreign_factory(path, allow_code)
+    try:
+        made = factory()
+    except Exception as error:  # whatever foreign code raises is the foreign code's
+        raise UserError(f"python:{path} raised {type(error).__name__}: {error}") from error
     if isinstance(made, DiffusionTeacher):
         return made
     if not isinstance(made, nn.Module):

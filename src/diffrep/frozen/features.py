@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.console import Report
-from diffrep.errors import Interrupted, UserError, nearest
+from diffrep.errors import Interrupted, RunError, UserError, nearest
 from diffrep.files import disk_errors, read_json, sha256_of, write_json
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.randomness import Rows, stream
@@ -33,7 +33,7 @@ class FeatureConfig(Config):
     """What is read from the teacher, and how it is kept."""
 
     taps: tuple[str, ...] = Field(min_length=1)  # dotted module paths
-    timesteps: tuple[int, ...] = Field(min_length=1)
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(min_length=1)
     pool: int | None = Field(None, ge=1)  # cells per side each map is pooled to; None keeps whole maps
     dtype: Literal["float16", "float32"] = "float16"  # float32 replays a run without a store bit for bit
     noise: Literal["forward"] | None = None  # None: clean image; forward: x_t, with noise of its own per image
@@ -109,6 +109,7 @@ def store_settings(
     return {
         "teacher": teacher.name,
         "teacher_sha256": teacher.sha256,
+        "teacher_labels_seen": teacher.labels_seen,
         "licence": teacher.licence,
         "source": source,
         "num_images": num_images,
@@ -154,7 +155,16 @@ def _block(
         t: f if config.pool is None or f.dim() != 4 else F.adaptive_avg_pool2d(f.float(), config.pool)
         for t, f in features.items()
     }
-    return {tap: value.cpu().numpy().astype(config.dtype) for tap, value in kept.items()}
+    return {tap: _cast(value, config.dtype, f"{tap} at t = {timestep}") for tap, value in kept.items()}
+
+
+def _cast(value: Tensor, dtype: str, what: str) -> np.ndarray:
+    """As the store keeps it; a feature that float16 cannot hold is no feature."""
+    with np.errstate(over="ignore"):
+        kept = value.cpu().numpy().astype(dtype)
+    if not np.isfinite(kept).all():
+        raise RunError(f"the feature of {what} is not finite in {dtype}; use dtype float32 (--dtype float32)")
+    return kept
 
 
 class _PerImage(Rows):

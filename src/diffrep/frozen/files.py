@@ -61,7 +61,7 @@ def _from_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any
         if (scheduler.exists() or (folder / "scheduler_config.json").exists())
         else {}
     )
-    card = {"name": run_card.get("name", folder.name), "licence": run_card.get("licence", "unknown")}
+    card = {"name": folder.name, "licence": "unknown"} | run_card
     return _strictly(inner, str(folder)), config, card
 
 

@@ -27,6 +27,7 @@ class LiveHints:
         self.tap, self.grid, self.noise = tap, grid, noise
         self.channels = self.network.tap(tap).shape[0]
         self.name, self.licence = self.network.name, self.network.licence
+        self.labels_seen = self.network.labels_seen
 
     def check(self, timesteps: Sequence[int], image_size: int) -> None:
         """Refuse timesteps that the teacher does not have, and images of another size."""
@@ -56,6 +57,7 @@ class StoredHints:
         self.store.check(tap, grid)
         self.channels = self.store.channels(tap)
         self.name, self.licence = self.store.teacher, self.store.licence
+        self.labels_seen: dict[str, int] = self.store.manifest.get("teacher_labels_seen", {})
 
     def check(self, timesteps: Sequence[int], image_size: int) -> None:
         """Refuse timesteps that are not in the store."""

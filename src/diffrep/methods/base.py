@@ -34,6 +34,7 @@ class Method(nn.Module):
 
     licence: str = "Apache-2.0 (weights trained here)"  # of what ``export`` writes; a teacher's licence is added
 
+    labels_behind: dict[str, int] = {}  # labels that what it starts from has seen, by part
     uses_all_parameters: bool = True  # False: some parameters get no gradient in some steps
 
     def prepare(self, batches: Iterable[Batch]) -> None:
@@ -52,6 +53,9 @@ class Method(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the names that ``optim.group_lr`` may give a rate of their own."""
         return {"student": [p for p in self.parameters() if p.requires_grad]}
+
+    def after_step(self) -> None:
+        """Called once per update, after the optimiser; what is learnt outside gradients is brought up to date here."""
 
     def check_data(self, fingerprint: str, augment: str) -> None:
         """Refuse images that a cache was not made from."""
@@ -72,12 +76,12 @@ class Method(nn.Module):
         return 0
 
 
-def mean_over_processes(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of ``values`` (B,) where ``chosen`` (B,) bool, over the batches of all processes; 0 where none is."""
-    sums = torch.stack([torch.where(chosen, values, 0).sum(), chosen.sum().to(values.dtype)])
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; itself where there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums[0] / sums[1].clamp(min=1)
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def save_student(run_dir: Path, student: Student) -> None:

@@ -46,8 +46,12 @@ class Finetune(Method):
         self.student = Student(config.student, num_classes)
         self.uses_all_parameters = config.head_first == 0
         self.loaded = load_backbone(self.student, Path(config.init)) if config.init else None
-        if self.loaded:
-            self.licence = read_json(Path(str(config.init)) / "result.json").get("licence", Method.licence)
+        self.student.try_out(image_size)
+        if config.init:
+            start = read_json(Path(config.init) / "result.json")
+            self.licence = start.get("licence", Method.licence)
+            seen = start.get("labels_seen", {}) | start.get("labels_behind", {})
+            self.labels_behind = {f"before: {part}": n for part, n in seen.items()}
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None  # refused by the recipe
@@ -60,7 +64,8 @@ class Finetune(Method):
             logits, batch.labels.clamp(min=0), reduction="none", label_smoothing=self.config.label_smoothing
         )
         correct = (logits.detach().argmax(1) == batch.labels).float()
-        return {"loss": losses.mean_over(each, known), "train_top1": losses.mean_over(correct, known)}
+        top1 = torch.where(known, correct, 0).sum() / known.sum().clamp(min=1)
+        return {"loss": losses.mean_over(each, known), "train_top1": top1}
 
     @torch.no_grad()
     def _frozen_vector(self, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Deviations from the official code (numbers: the defects listed in docs/repfusion
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from diffrep import losses
 from diffrep.config import Config
 from diffrep.data.batch import Batch
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
-from diffrep.methods.base import Method, MethodConfig, mean_over_processes, save_student
+from diffrep.methods.base import Method, MethodConfig, save_student, sum_over_processes
 from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
@@ -104,8 +105,7 @@ class RepFusion(Method):
     timesteps: Tensor  # (A,) int64
     hint_mean: Tensor  # (A or 1, C, 1, 1)
     hint_std: Tensor
-    baseline: Tensor
-    baseline_steps: Tensor
+    running_reward: Tensor  # () mean over labelled images of all steps so far
 
     def __init__(self, config: RepFusionConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class RepFusion(Method):
         channels = self.teacher.channels
         code_size = channels * config.hint_grid**2
         self.student = Student(config.student)
-        width, self.uses_all_parameters = _try_out(self.student, image_size)
+        width, self.uses_all_parameters = self.student.try_out(image_size)
         self.projector = nn.Conv2d(width, channels, 1)
         if config.timestep.select == "policy":
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
@@ -125,8 +125,10 @@ class RepFusion(Method):
         self.register_buffer("timesteps", torch.tensor(choices), persistent=False)
         self.register_buffer("hint_mean", torch.zeros(rows, channels, 1, 1))
         self.register_buffer("hint_std", torch.ones(rows, channels, 1, 1))
-        self.register_buffer("baseline", torch.zeros(()))
-        self.register_buffer("baseline_steps", torch.zeros(()))
+        # Before anything is learnt the task head guesses: its reward is that of chance.
+        self.register_buffer("running_reward", torch.tensor(-math.log(num_classes)))
+        self.rewards: list[Tensor] = []  # (sum, count) of each micro-batch of this step
+        self.labels_behind = {f"teacher: {part}": n for part, n in self.teacher.labels_seen.items()}
         self.licence = f"{Method.licence}; distilled from {self.teacher.name} ({self.teacher.licence})"
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
@@ -146,7 +148,8 @@ class RepFusion(Method):
         known = batch.labels >= 0
         task_loss = F.cross_entropy(self.task_head(code.flatten(1)), batch.labels.clamp(min=0), reduction="none")
         reward = -task_loss.detach()
-        policy_loss = losses.reinforce(logits, choice, reward - self.baseline_for(reward, known))
+        policy_loss = losses.reinforce(logits, choice, reward - self.baseline())
+        self.rewards.append(torch.stack([torch.where(known, reward, 0).sum(), known.sum()]))
 
         # 4. Entropy keeps the policy curious; its weight fades with progress.
         entropy = losses.entropy(logits).mean()
@@ -157,7 +160,7 @@ class RepFusion(Method):
             "task_loss": losses.mean_over(task_loss, known),
             "policy_loss": losses.mean_over(policy_loss, known),
             "policy_entropy": entropy,
-            "reward": torch.where(known, reward, 0).sum() / known.sum().clamp(min=1),
+            "reward": self.running_reward.clone(),
         }
         if len(self.timesteps) <= MAX_SEPARATE:
             parts["policy_probs"] = logits.softmax(1).mean(0)  # (A,)
@@ -178,17 +181,22 @@ class RepFusion(Method):
         row = choice if len(self.hint_mean) > 1 else torch.zeros_like(choice)
         return (code - self.hint_mean[row]) / self.hint_std[row]
 
-    def baseline_for(self, reward: Tensor, known: Tensor) -> Tensor:
-        """What the reward is compared with: its running mean before this step (the first step: its own mean)."""
-        if self.config.timestep.baseline == "none":
-            return torch.zeros_like(self.baseline)
-        mean = mean_over_processes(reward, known)
-        before = torch.where(self.baseline_steps > 0, self.baseline, mean)
-        if self.training and bool(known.any()):
+    def baseline(self) -> Tensor:
+        """What the reward is compared with; it does not depend on this step's actions."""
+        return (
+            self.running_reward
+            if self.config.timestep.baseline == "running_mean"
+            else torch.zeros_like(self.running_reward)
+        )
+
+    def after_step(self) -> None:
+        """One update of the running reward per step, from the labelled images of all micro-batches and processes."""
+        if self.rewards:
+            total, count = sum_over_processes(torch.stack(self.rewards).sum(0))
             decay = self.config.timestep.baseline_decay
-            self.baseline.copy_(decay * before + (1 - decay) * mean)
-            self.baseline_steps += 1
-        return before
+            mean = torch.where(count > 0, total / count.clamp(min=1), self.running_reward)
+            self.running_reward.copy_(decay * self.running_reward + (1 - decay) * mean)
+            self.rewards = []
 
     def entropy_weight(self, progress: float) -> float:
         """Falls linearly from ``entropy_weight`` at 0 to nothing at ``entropy_until``."""
@@ -248,13 +256,3 @@ def hints_of(config: RepFusionConfig, allow_code: bool) -> LiveHints | StoredHin
     if config.features:
         return StoredHints(config.features, config.tap, config.hint_grid)
     return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code)
-
-
-def _try_out(student: Student, image_size: int) -> tuple[int, bool]:
-    """Channels of the student's map, and whether every parameter of the student has a part in it."""
-    was_training = student.training
-    feature = student.eval().feature_map(torch.zeros(1, 3, image_size, image_size))
-    feature.sum().backward()
-    used = all(p.grad is not None for p in student.parameters())
-    student.train(was_training).zero_grad(set_to_none=True)
-    return feature.shape[1], used

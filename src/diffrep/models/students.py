@@ -102,7 +102,29 @@ class Student(nn.Module):
             self._tap = found[self.config.tap]
         return self._tap
 
+    def try_out(self, image_size: int) -> tuple[int, bool]:
+        """Channels of the map, and whether every parameter has a part in it.
+
+        Raises:
+            UserError: the network does not take images of this size, or these options.
+        """
+        was_training = self.training
+        try:
+            feature = self.eval().feature_map(torch.zeros(1, 3, image_size, image_size))
+            self.pooled(torch.zeros(1, 3, image_size, image_size))
+        except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            what = f"student '{self.config.name}' with options {self.config.options}"
+            raise UserError(f"{what} does not take {image_size}-pixel images: {str(error).strip()[:160]}") from None
+        feature.sum().backward()
+        used = all(p.grad is not None for p in self.parameters())
+        self.train(was_training).zero_grad(set_to_none=True)
+        return feature.shape[1], used
+
     def _as_map(self, feature: Tensor) -> Tensor:
+        if feature.dim() == 4 and self._is_channels_last(feature):
+            feature = feature.permute(0, 3, 1, 2)  # (B, C, h, w)
         if feature.dim() == 3:
             tokens = feature[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
             side = round(tokens.shape[1] ** 0.5)
@@ -110,6 +132,12 @@ class Student(nn.Module):
         if feature.dim() != 4:
             raise UserError(f"student {self.config.name}: its tap gives shape {tuple(feature.shape)}, not a map")
         return feature
+
+    def _is_channels_last(self, feature: Tensor) -> bool:
+        """timm says so of Swin and its kin; their width then stands on the last axis."""
+        said = str(getattr(self.backbone, "output_fmt", "NCHW")).upper()
+        width = getattr(self.backbone, "num_features", None)
+        return said.endswith("NHWC") or (feature.shape[1] != width and feature.shape[-1] == width)
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:

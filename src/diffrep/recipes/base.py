@@ -136,6 +136,13 @@ class Study(Listed):
     headline: str | None = None  # the score the table is about
     next_commands: tuple[str, ...] = ()  # what a reader may try next
 
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+            raise ValueError("seeds are different numbers from 0 up")
+        return seeds
+
     @model_validator(mode="after")
     def _fits(self) -> Study:
         earlier: set[str] = set()

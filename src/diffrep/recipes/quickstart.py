@@ -83,7 +83,12 @@ def quickstart_debug() -> Study:
     study = quickstart()
     stages = {name: _short(stage) for name, stage in study.stages.items()}
     return study.model_copy(
-        update={"name": "quickstart_debug", "about": "The quickstart's stages, two steps each.", "stages": stages}
+        update={
+            "name": "quickstart_debug",
+            "about": "The quickstart's stages, two steps each.",
+            "stages": stages,
+            "ours": None,
+        }
     )
 
 

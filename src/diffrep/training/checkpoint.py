@@ -58,8 +58,9 @@ def load(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, ema: E
         UserError: damaged file, or a checkpoint of other parts.
     """
     note = read_json(path / "state.json")
-    if note.get("version") != VERSION:
-        raise UserError(f"{path} was written by checkpoint format {note.get('version')}; this diffrep reads {VERSION}")
+    version = note.get("version") if isinstance(note, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path} was written by checkpoint format {version}; this diffrep reads {VERSION}")
     try:
         tensors = load_file(path / "state.safetensors")
     except (SafetensorError, OSError) as error:
@@ -70,7 +71,7 @@ def load(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, ema: E
         key, _, parameter = name.partition("/")
         target = parameters[parameter]
         # Adam counts its steps on the CPU wherever the weights are.
-        optimizer.state[target][key] = value if value.dim() == 0 else value.to(target.device)
+        optimizer.state[target][key] = value if key == "step" else value.to(target.device)
     if ema:
         for name, value in _part(tensors, "ema/").items():
             ema.mean[name].copy_(value)

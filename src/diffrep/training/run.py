@@ -28,14 +28,19 @@ class RunDir:
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run recorded, else None."""
-        return read_json(self.path / RESULT) if (self.path / RESULT).exists() else None
+        if not (self.path / RESULT).exists():
+            return None
+        found = read_json(self.path / RESULT)
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path / RESULT} was not written by diffrep; choose another --out")
+        return found
 
     def check(self, recipe_yaml: str) -> None:
         """Refuse a folder that belongs to another recipe, or to something else."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a file is in its way; choose another --out")
         found = self.path / RECIPE
-        if found.exists() and found.read_text(encoding="utf-8") != recipe_yaml:
+        if found.exists() and found.read_text(encoding="utf-8", errors="replace") != recipe_yaml:
             raise UserError(f"{self.path} belongs to another recipe (see its {RECIPE}); choose another --out")
         # Hidden files are the lock and what a killed writer left behind.
         if not found.exists() and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):

@@ -75,9 +75,10 @@ class Trainer:
             step += 1
             self.seconds = time.process_time() - began
             stopping = agreed(self.accelerator, stop()) and step < steps
-            if step % self.config.log_every == 0 or step == steps or stopping:
+            saving = step % self.config.checkpoint_every == 0 or step == steps or stopping
+            if saving or step % self.config.log_every == 0:
                 self.log(step)
-            if step % self.config.checkpoint_every == 0 or step == steps or stopping:
+            if saving:
                 self.save(step)
             progress(step, steps)
             if stopping:
@@ -108,12 +109,13 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
         self.stepper.step()
         self.stepper.zero_grad()
+        self.method.after_step()
         if self.ema:
             self.ema.update(self.method, step)
         self.pending.append(sums)
 
     def log(self, step: int) -> None:
-        """Write the mean of each part since the last line; the only place that waits for the device."""
+        """Write the mean of each part since the last line, after all of it was found finite."""
         first = step - len(self.pending)
         stacked = gathered(self.accelerator, self.pending)
         self.pending = []
@@ -130,9 +132,7 @@ class Trainer:
         return RunError(f"{name} is {word} at step {step}; {where}; a lower optim.lr or train.clip_norm may help")
 
     def save(self, step: int) -> None:
-        """Checkpoint; what is pending is logged first, so that none is written after a loss that was not finite."""
-        if self.pending:
-            self.log(step)
+        """Checkpoint; the caller has logged, so that none is written after a loss that was not finite."""
         if self.run.writes:
             scaler = self.accelerator.scaler
             note = {"cpu_seconds": self.seconds, "scaler": scaler.state_dict() if scaler else None}
