@@ -9,6 +9,7 @@ from typing import Any
 
 from diffrep.recipes.quickstart import LABELS, quickstart
 from diffrep.report.build import write_figure
+from diffrep.studies import instances
 from diffrep.words import amount
 
 RESULTS = Path("docs/results")
@@ -20,8 +21,11 @@ Arms = dict[str, dict[int, dict[str, Any]]]  # stage -> seed -> recorded arm
 def recorded(study: str) -> Arms:
     """Every arm in docs/results/data that belongs to ``study``."""
     arms: Arms = {}
+    hashes = {instance.name: instance.hash for instance in instances(quickstart(), Path("."))}
     for file in sorted((RESULTS / "data").glob(f"{study}-*.json")):
         arm = json.loads(file.read_text())
+        if hashes.get(arm["stage"]) != arm["hash"]:
+            raise SystemExit(f"{file} was made by another recipe: delete it and run make evidence again")
         arms.setdefault(arm["stage"], {})[arm["seed"]] = arm
     return arms
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffrep import assets
 from diffrep.assemble import estimate, train
 from diffrep.config import validate
 from diffrep.console import progress
@@ -18,6 +19,7 @@ from diffrep.data.datasets import DataConfig, ImageSet, Split
 from diffrep.errors import UserError
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
+from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.recipes import RECIPES
 from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
@@ -116,7 +118,16 @@ def dry_run(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False
     See :func:`diffrep.assemble.estimate` and :func:`diffrep.rehearsal.rehearse`.
     """
     task = load(recipe, overrides, allow_code)
-    return rehearse(task, allow_code) if isinstance(task, Study) else estimate(task, allow_code)
+    return rehearse(task, allow_code) if isinstance(task, Study) else estimate(without_weights(task), allow_code)
+
+
+def without_weights(recipe: Recipe) -> Recipe:
+    """The recipe with a published teacher's architecture in place of its weights, which cost the same to run."""
+    method = recipe.method
+    known = assets.find(method.teacher) if isinstance(method, RepFusionConfig) else None
+    if known is None or not known.unet:
+        return recipe
+    return recipe.model_copy(update={"method": method.model_copy(update={"teacher": f"random:{known.key}"})})
 
 
 def features(
@@ -140,10 +151,15 @@ def features(
 
 
 def probe(
-    teacher: str, data: str, settings: dict[str, Any], out: str | Path, allow_code: bool = False
+    teacher: str, data: dict[str, Any], settings: dict[str, Any], out: str | Path, allow_code: bool = False
 ) -> dict[str, Any]:
-    """Probe a teacher at taps and timesteps; ``settings`` are the fields of a ``SweepConfig``, the rows in ``rows``."""
-    values = {"name": "probe", "teacher": teacher, "data": {"source": data}, "sweep": settings}
+    """Probe a teacher at taps and timesteps; the rows are in ``rows``.
+
+    Args:
+        data: the fields of a ``DataConfig``.
+        settings: the fields of a ``SweepConfig``: taps, timesteps, pool, labels, draws.
+    """
+    values = {"name": "probe", "teacher": teacher, "data": data, "sweep": settings}
     task = validate(SweepTask, values, "probe")
     with wish_to_stop() as stop, progress("probe") as told:
         return run_task(task, Path(out), stop, told, allow_code)

@@ -31,6 +31,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="The folder to write.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Allow python:module:factory, which runs foreign code.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Resize to this many pixels; default as stored.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost, and stop.")]
 
@@ -104,6 +105,7 @@ def features(
     pool: Annotated[int | None, typer.Option(min=1, help="Cells per side; default whole maps.")] = None,
     dtype: str = "float16",
     noise: Annotated[str | None, typer.Option(help="forward: noise the image to t.")] = None,
+    image_size: ImageSize = None,
     list_taps: Annotated[bool, typer.Option(help="Print the teacher's taps and stop.")] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
@@ -124,7 +126,9 @@ def features(
         "dtype": dtype,
         "noise": noise,
     }
-    result = api.features(teacher, {"source": data, "augment": augment}, settings, out, split, allow_code)
+    result = api.features(
+        teacher, {"source": data, "augment": augment, "image_size": image_size}, settings, out, split, allow_code
+    )
     _print(json.dumps(result, indent=2) if as_json else words.features(result, out))
 
 
@@ -137,6 +141,7 @@ def probe(
     pool: Annotated[int, typer.Option(min=1, help="Cells per side.")] = 1,
     labels: Annotated[int | None, typer.Option(min=1, help="Labelled images per draw; default all.")] = None,
     draws: Annotated[int, typer.Option(min=1)] = 5,
+    image_size: ImageSize = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("probe"),
     allow_code: AllowCode = False,
     as_json: AsJson = False,
@@ -155,7 +160,7 @@ def probe(
         "labels": labels,
         "draws": draws,
     }
-    result = api.probe(teacher, data, settings, out, allow_code)
+    result = api.probe(teacher, {"source": data, "image_size": image_size}, settings, out, allow_code)
     _print(json.dumps(result["rows"], indent=2) if as_json else words.sweep(result))
 
 
@@ -166,7 +171,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
     labels: Annotated[str | None, typer.Option(help="Label counts for probe and neighbours; default all.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1)] = None,
+    image_size: ImageSize = None,
     knn: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Which draw of labelled images.")] = 0,
     as_json: AsJson = False,

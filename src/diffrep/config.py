@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from diffrep.errors import UserError, nearest
 
@@ -26,6 +26,21 @@ class Config(BaseModel):
         strict=False,
         coerce_numbers_to_str=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """YAML reads yes, no, on and off as truth values; none of them is a number."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and bool not in _plain_types(field.annotation):
+                raise ValueError(f"{name} = {value}: a truth value (true, false, yes, no, on, off) does not fit here")
+        return values
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    inside = {t for arg in getattr(annotation, "__args__", ()) for t in _plain_types(arg)}
+    return inside | {annotation} if isinstance(annotation, type) else inside | ({bool} if annotation is Any else set())
 
 
 def validate(model: type[C], values: Any, origin: str) -> C:

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffrep import __version__, _torchvision_compat
 from diffrep.assets import ASSETS
+from diffrep.data.sources import KINDS
 
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
@@ -35,6 +36,7 @@ def examine() -> dict[str, Any]:
         "compiler": shutil.which("g++") or shutil.which("clang++"),
         "extras": {package: find_spec(package) is not None for package in EXTRAS},
         "weights_cached": {key: _cached(asset.location) for key, asset in ASSETS.items()},
+        "data_kinds": sorted(set(KINDS) - {"digits"}),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
@@ -47,6 +49,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"device: {found['device']}",
         f"one thread: {found['gmacs_per_second']} G multiply-adds/s; bf16 autocast: {found['bf16_speedup']}x",
         f"torchvision operators: {found['torchvision_operators']}",
+        f"data: digits comes along; other kinds read a path or an address: {', '.join(found['data_kinds'])}",
         f"disk free here: {found['free_bytes'] / 1e9:.0f} GB",
     ]
     if not found["cuda"]:
@@ -56,7 +59,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["bf16_speedup"] > 1.2:
         told.append("this device has fast bf16 -> --set train.precision=bf16 saves time (it changes rounding)")
     else:
-        told.append("bf16 is no faster here -> keep train.precision=no")
+        told.append("bf16 is no faster here -> keep train.precision=fp32")
     told.append(
         f"torch.compile: {'C++ compiler found' if found['compiler'] else 'no C++ compiler'}; diffrep does not use it"
     )

@@ -75,6 +75,8 @@ def result(found: dict[str, Any]) -> str:
     lines[0] += f"{amount(found['multiply_adds'])} multiply-adds, {found['cpu_seconds']:.1f} CPU s"
     if found["scores"]:
         lines.append(scores(found["scores"]))
+    behind = ", ".join(f"{part}: {count}" for part, count in found.get("labels_behind", {}).items())
+    lines += [f"labels that it builds on: {behind}"] if behind else []
     return "\n".join([*lines, f"licence: {found['licence']}", f"run folder: {found['run_dir']}"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffrep.config import Config, validate
@@ -25,7 +25,12 @@ class EvaluateConfig(Config):
     probe_labels: tuple[int, ...] = ()  # label counts of the linear probe; () = as many as training may read
     knn: int = Field(1, ge=1)  # neighbours
     samples: int = Field(20, ge=0)  # images a diffusion model draws for samples/grid.png
-    num_sampling_steps: str = "20"  # of those images
+    num_sampling_steps: str = "20"  # of those images: N, a,b,c or ddimN
+
+    @field_validator("num_sampling_steps", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
 
 
 def student_scores(

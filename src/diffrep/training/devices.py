@@ -23,7 +23,7 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
         UserError: fp16 without a GPU, or a tracker that is not installed.
     """
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
+        raise UserError("train.precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
     for name in track:  # accelerate would leave it out with a warning
         if find_spec(name) is None:
             raise UserError(f"train.track: '{name}' is not installed; install it with: pip install 'diffrep[trackers]'")
@@ -34,7 +34,7 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     try:
         made = Accelerator(
             cpu=on_cpus,
-            mixed_precision=precision,
+            mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(track) or None,
             project_dir=str(run_dir),
             kwargs_handlers=[unused],

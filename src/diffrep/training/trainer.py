@@ -32,7 +32,7 @@ class TrainConfig(Config):
     steps: int = Field(ge=0)  # updates; 0 keeps the initialisation
     batch_size: int = Field(64, ge=1)  # images per update over all devices
     micro_batch_size: int | None = Field(None, ge=1)  # images per device and forward; None: all of a device's share
-    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; fp16 needs a GPU
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; fp16 needs a GPU
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of all parts together
     ema_decay: float | None = Field(None, gt=0, lt=1)  # per step, of the trained part; the export then is the mean
     log_every: int = Field(50, ge=1)  # steps
