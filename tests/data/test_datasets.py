@@ -442,3 +442,10 @@ def test_settings_are_checked_before_any_disk_is_touched(values, words):
     with pytest.raises(ValidationError, match=words):
         DataConfig(**values)
     assert DataConfig(source="folder:/nowhere/at/all").augment == "none"
+
+
+def test_as_many_labels_as_there_are_means_all_of_them():
+    labels = torch.tensor([0, 0, 0, 1, -1, 1, 2])  # no class has as many as another
+    assert sorted(label_subset(labels, 6, seed=0).tolist()) == [0, 1, 2, 3, 5, 6]
+    with pytest.raises(UserError):
+        label_subset(labels, 5, seed=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffrep.errors import UserError
+from diffrep.errors import RunError, UserError
 from diffrep.files import sha256_of
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import MANIFEST, PROGRESS, FeatureConfig, FeatureStore, write_features
@@ -215,3 +215,13 @@ def test_what_is_not_in_a_store_is_refused(teacher, tmp_path):
     assert "no timestep 4; it holds [700, 3]" in refused(lambda: store.check_timesteps([3, 4]))
     assert "other images" in refused(lambda: store.check_source("f01", "flip"))
     assert "other augment" in refused(lambda: store.check_source("f00", "none"))
+
+
+def test_what_float16_cannot_hold_is_not_written(tiny_denoiser, tmp_path):
+    network = tiny_denoiser()
+    with torch.no_grad():
+        network.mid.bias.fill_(1e6)
+    loud = DiffusionTeacher(network, "loud", 8)
+    with pytest.raises(RunError, match="mid at t = 700 is not finite in float16; use dtype float32"):
+        write(tmp_path, loud, settings(dtype="float16"))
+    assert not (tmp_path / MANIFEST).exists()

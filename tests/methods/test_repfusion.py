@@ -611,3 +611,11 @@ def test_a_dry_step_reaches_everything_that_is_trained(tiny):
     method = built(tiny)
     method.dry_step(torch.rand(2, 3, 8, 8))
     assert all(p.grad is not None for p in method.parameters())
+
+
+def test_labels_that_the_teacher_has_seen_travel_with_the_student(tiny, tiny_denoiser, factory):
+    def taught():
+        return DiffusionTeacher(tiny_denoiser(), "conditional", 8, labels_seen={"diffusion model": 1078})
+
+    method = built(factory(taught, "taught"))
+    assert method.labels_behind == {"teacher: diffusion model": 1078} and built(tiny).labels_behind == {}

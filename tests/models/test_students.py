@@ -154,3 +154,17 @@ def test_a_new_head_leaves_the_rest():
     student.backbone.reset_classifier(7)
     assert student(images()).shape == (2, 7) and torch.equal(student.pooled(images()), before)
     assert isinstance(Student(StudentConfig(name="conv_small")).backbone.get_classifier(), nn.Identity)
+
+
+def test_a_channels_last_map_is_turned(monkeypatch):
+    student = Student(StudentConfig(name="swin_tiny_patch4_window7_224", options={"img_size": 64, "window_size": 2}))
+    assert student.feature_map(torch.zeros(1, 3, 64, 64)).shape == (1, 768, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("mlp_small", {"img_size": 8}), ("conv_small", {"in_chans": 2}), ("vit_tiny_patch16_224", {})],
+)
+def test_a_student_that_does_not_take_the_images_is_refused_in_one_line(name, options):
+    with pytest.raises(UserError, match="does not take 16-pixel images"):
+        Student(StudentConfig(name=name, options=options)).try_out(16)

@@ -399,3 +399,13 @@ def test_yaml_can_be_read_by_people():
     assert text.startswith(("kind: recipe", "format: 1"))
     assert "&" not in text and "!!" not in text
     assert yaml.safe_load(text)["method"]["student"]["name"] == "conv_small"
+
+
+@pytest.mark.parametrize("override", ["train.steps=yes", "optim.lr=true", "train.precision=no", "data.image_size=off"])
+def test_a_truth_value_is_no_number_and_no_word(override):
+    with pytest.raises(UserError, match="truth value"):
+        load("denoiser_debug", [override])
+
+
+def test_no_debug_recipe_claims_a_measured_number():
+    assert not [name for name, make in RECIPES.items() if name.endswith("_debug") and make().ours]
