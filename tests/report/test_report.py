@@ -385,3 +385,12 @@ def test_a_phone_shows_the_page_without_sideways_scrolling(seeds, tmp_path):
     width = re.search(r'data-width="(\d+)"', found.stdout)
     assert width is not None and int(width[1]) <= 390
     assert "CONSOLE" not in found.stderr
+
+
+def test_a_comparison_says_which_labels_a_run_builds_on(tmp_path):
+    study = write_study(tmp_path / "study", [0])
+    folder = study / "policy-s0"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"labels_behind": {"teacher: diffusion model": 1078}}))
+    _, reader = page([folder], tmp_path)
+    assert "builds on teacher: diffusion model: 1,078" in "".join(reader.text)

@@ -50,6 +50,14 @@ def _entries(found: Sequence[Run | Study]) -> list[Entry]:
     return entries + [a for study in studies for a in (study.arms if len(studies) == 1 else _named_arms(study))]
 
 
+def _labels(entry: Entry) -> str:
+    """What training read, and what the networks it started from had read before."""
+    results = entry.results()
+    behind = (results[0].get("labels_behind") or {}) if results else {}
+    before = ", ".join(f"{part}: {count:,}" for part, count in behind.items())
+    return f"{labels_text(entry)} (builds on {before})" if before else labels_text(entry)
+
+
 def _named_arms(study: Study) -> list[Entry]:
     """Arms of one study among several: its folder stands beside the student."""
     folder = study.path.resolve().name
@@ -97,7 +105,7 @@ def _scores(entries: Sequence[Entry]) -> Section:
     names = _names(entries)
     head = ["", "kind", "seeds", "state", *map(score_words, names), "labels seen in training"]
     rows = [
-        [e.label, e.kind, _seeds(e), e.state(), *(shown(list(e.score(n).values())) for n in names), labels_text(e)]
+        [e.label, e.kind, _seeds(e), e.state(), *(shown(list(e.score(n).values())) for n in names), _labels(e)]
         for e in entries
     ]
     caption = "Scores in percent; over several seeds: mean ± standard deviation (number of seeds)"
