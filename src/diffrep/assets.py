@@ -36,19 +36,13 @@ def _ddpm(sample_size: int, widths: tuple[int, ...], attention_level: int) -> di
 class Asset:
     """One published file or folder.
 
-    sha256: None where nobody published one: it is recorded at the first load.
-    unet:   the architecture in diffusers' words, so that it can be built, counted and tested without its weights.
+    unet: the architecture in diffusers' words, so that it can be built, counted and tested without its weights.
     """
 
     key: str
     location: str
     licence: str
-    sha256: str | None = None
     unet: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def non_commercial(self) -> bool:
-        return "NC" in self.licence.split() or "non-commercial" in self.licence
 
 
 ASSETS = {

@@ -35,7 +35,7 @@ class FeatureConfig(Config):
     taps: tuple[str, ...] = Field(min_length=1)  # dotted module paths
     timesteps: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(min_length=1)
     pool: int | None = Field(None, ge=1)  # cells per side each map is pooled to; None keeps whole maps
-    dtype: Literal["float16", "float32"] = "float16"  # float32 replays a run without a store bit for bit
+    dtype: Literal["float16", "float32"] = "float16"  # float32 keeps every bit of what the teacher said
     noise: Literal["forward"] | None = None  # None: clean image; forward: x_t, with noise of its own per image
     block_size: int = Field(64, ge=1)  # images per pass; part of the result, because rounding depends on it
 

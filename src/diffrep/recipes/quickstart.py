@@ -28,7 +28,7 @@ Standardise = Literal["joint", "per_timestep"]
 
 
 def quickstart() -> Study:
-    """Four CPU-minutes: train the teacher, sweep it, distil, fine-tune, compare."""
+    """About three CPU-minutes: train the teacher, sweep it, distil, fine-tune, compare."""
     return Study(
         name="quickstart",
         about="A diffusion model of 8x8 digits teaches a small CNN and an MLP: every step and every control.",
