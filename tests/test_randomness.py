@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffrep import randomness
-from diffrep.randomness import Rows, cycle, derived_seed, seeded, stream
+from diffrep.randomness import Rows, cycle, derived_seed, hashed_uniform, seeded, stream
 
 NAMES = st.sampled_from(["noise", "order", "view"])
 
@@ -109,3 +109,45 @@ def test_epochs_and_seeds_are_permuted_differently():
     a, b = cycle(0, "order", 50, 0, 100).view(2, 50)
     assert not torch.equal(a, b) and not torch.equal(a, cycle(1, "order", 50, 0, 50))
     assert len(randomness._recent) <= 4  # what is remembered stays small
+
+
+# Numbers for (index, view)
+
+
+def test_splitmix64_gives_the_published_numbers():
+    """Outputs of the reference implementation for seed 1234567, as its test vectors list them."""
+    state, outputs = np.full(1, 1234567, dtype=np.uint64), []
+    for _ in range(5):
+        outputs.append(int(randomness._splitmix64(state)[0]))
+        state = state + randomness._GOLDEN
+    assert outputs == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip
+
+
+@given(st.integers(0, 2**62), NAMES, st.lists(st.tuples(st.integers(0, 2**62), st.integers(0, 2**62)), min_size=1))
+def test_a_hashed_number_belongs_to_its_index_and_view(seed, purpose, pairs):
+    index, view = torch.tensor(pairs).unbind(1)
+    found = hashed_uniform(seed, purpose, index, view)
+    assert found.dtype == torch.float64 and bool(((found >= 0) & (found < 1)).all())
+    for k in range(len(pairs)):
+        assert torch.equal(hashed_uniform(seed, purpose, index[k : k + 1], view[k : k + 1])[0], found[k])
+
+
+def test_hashed_numbers_are_uniform_and_unrelated_to_their_neighbours():
+    index, view = (grid.reshape(-1) for grid in torch.meshgrid(torch.arange(300), torch.arange(200), indexing="ij"))
+    first, other = hashed_uniform(0, "a", index, view), hashed_uniform(0, "b", index, view)
+    cells = (first * 100).long().bincount(minlength=100).double()
+    assert float(((cells - 600) ** 2 / 600).sum()) < 99 + 5 * 14  # chi-squared, 99 degrees of freedom
+    grid = first.reshape(300, 200)
+    pairs = [
+        (grid[1:], grid[:-1]),
+        (grid[:, 1:], grid[:, :-1]),
+        (first, other),
+        (first, hashed_uniform(0, "a", view, index)),
+    ]
+    pairs.append((first, hashed_uniform(1, "a", index, view)))
+    for left, right in pairs:
+        together = torch.corrcoef(torch.stack([left.reshape(-1), right.reshape(-1)]))[0, 1]
+        assert abs(float(together)) < 4.5 / left.numel() ** 0.5
+    assert len(first.unique()) == len(first)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrep import assets
-from diffrep.assemble import estimate, train
+from diffrep.assemble import default_device, estimate, train
 from diffrep.config import validate
 from diffrep.console import progress
 from diffrep.data import datasets
@@ -24,7 +24,7 @@ from diffrep.recipes import RECIPES
 from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
 from diffrep.rehearsal import rehearse
-from diffrep.stages import default_device, run_task
+from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
 
 __all__ = ["dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes", "report", "run", "show"]

@@ -20,23 +20,27 @@ from torch import Tensor
 
 from diffrep import counting
 from diffrep.console import Report
-from diffrep.data.datasets import ImageSet, hide_labels, label_subset, load_data
+from diffrep.data.batch import Batch
+from diffrep.data.datasets import DataConfig, ImageSet, hide_labels, label_subset, load_data
 from diffrep.data.feed import Feed
+from diffrep.data.shards import read_manifest
 from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
-from diffrep.evaluation.classify import student_scores
+from diffrep.evaluation.classify import classifier_scores, load_student, student_scores
 from diffrep.files import locked
 from diffrep.methods.base import Method
 from diffrep.methods.denoiser import Denoiser
+from diffrep.methods.dmkd import DMKD
 from diffrep.methods.finetune import Finetune
 from diffrep.methods.repfusion import RepFusion
 from diffrep.randomness import seeded
 from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
+from diffrep.training import best
 from diffrep.training.checkpoint import latest
 from diffrep.training.run import RunDir
 from diffrep.training.trainer import Trainer
 
-METHODS = {"repfusion": RepFusion, "finetune": Finetune, "denoiser": Denoiser}
+METHODS = {"repfusion": RepFusion, "finetune": Finetune, "denoiser": Denoiser, "dmkd": DMKD}
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
 
 
@@ -58,7 +62,7 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
         UserError: whatever does not fit.
     """
     train = load_data(recipe.data, "train")
-    test = load_data(recipe.data, "test")
+    test = load_data(test_data(recipe), "test")
     if len(train) == 0:
         raise UserError(f"data.source {recipe.data.source}: no images to train on")
     labelled = _labelled(recipe, train)
@@ -69,9 +73,29 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
         method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
     _views_possible(recipe, train)
     method.check_data(train.fingerprint, recipe.data.augment)
+    if isinstance(method, DMKD):
+        method.watch(_held_out(recipe))
     _scores_possible(recipe, method, train, test)
     feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled)
     return Assembled(train, test, labelled, feed, method)
+
+
+def test_data(recipe: Recipe) -> DataConfig:
+    """Where the test images come from: the training source, unless ``evaluate.source`` names another."""
+    return recipe.data.model_copy(update={"source": recipe.evaluate.source or recipe.data.source, "augment": "none"})
+
+
+def _held_out(recipe: Recipe) -> Callable[[], list[Batch]]:
+    """The training source's validation images, read when they are first asked for."""
+    feeds: list[Feed] = []
+
+    def batches() -> list[Batch]:
+        if not feeds:
+            images = load_data(recipe.data, "validation", default_device())
+            feeds.append(Feed(images, recipe.data, recipe.train.batch_size, recipe.seed, None))
+        return feeds[0].sweep(256, default_device())
+
+    return batches
 
 
 def label_seed(recipe: Recipe) -> int:
@@ -95,11 +119,23 @@ def _scores_possible(recipe: Recipe, method: Method, train: ImageSet, test: Imag
     """Refuse now what would only fail after the training."""
     if isinstance(method, Denoiser):
         method.schedule.respaced(recipe.evaluate.num_sampling_steps)
+    elif recipe.evaluate.protocol == "classifier":
+        _classifier_possible(recipe, method, test)
     elif train.labels is not None:
         if test.labels is None:
             raise UserError(f"data.source {recipe.data.source}: its test split has no labels to score against")
         for count in recipe.evaluate.probe_labels:
             label_subset(train.labels, count, label_seed(recipe))
+
+
+def _classifier_possible(recipe: Recipe, method: Method, test: ImageSet) -> None:
+    where = recipe.evaluate.source or recipe.data.source
+    classes = getattr(getattr(getattr(method, "student", None), "backbone", None), "num_classes", 0)
+    if test.labels is None:
+        raise UserError(f"evaluate.source {where}: its test split has no labels to score against")
+    if classes != len(test.classes):
+        told = f"the student learns {classes} classes, evaluate.source {where} has {len(test.classes)}"
+        raise UserError(f"evaluate.protocol 'classifier': {told}")
 
 
 def _views_possible(recipe: Recipe, train: ImageSet) -> None:
@@ -144,7 +180,7 @@ def train(
             return {}
         result = describe(recipe, parts) | budget
         result |= parts.method.export(run_dir)
-        result["scores"] = scores(recipe, parts, device)
+        result["scores"] = scores(recipe, parts, run_dir, device)
         parts.method.illustrate(run_dir, recipe.evaluate.samples, recipe.evaluate.num_sampling_steps, recipe.seed)
         result["wall_seconds"] = round(time.monotonic() - began, 2)
         run.finish(result)
@@ -159,19 +195,35 @@ def _finished(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
     return result
 
 
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_main_process() -> bool:
     """Whether this process writes; the others of a torchrun only compute."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def scores(recipe: Recipe, parts: Assembled, device: torch.device) -> dict[str, Any]:
+def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
     """Of the exported student; a diffusion model is judged by whoever learns from it."""
     student = getattr(parts.method, "student", None)
+    if student is not None and recipe.evaluate.protocol == "classifier":
+        return _classifier(parts, run_dir, device)
     if student is None or parts.train.labels is None:
         return {}
     counts = recipe.evaluate.probe_labels or (recipe.data.labels or len(parts.train),)
     knn = recipe.evaluate.knn
     return student_scores(student, parts.train, parts.test, counts, knn, label_seed(recipe), device)
+
+
+def _classifier(parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
+    """Of the last network, and of the one that held-out images chose, where there is one."""
+    teacher = parts.method.judge if isinstance(parts.method, DMKD) else None
+    found = classifier_scores(parts.method.student, parts.test, device, teacher)
+    if best.known(run_dir) is None:
+        return found
+    chosen = classifier_scores(load_student(str(run_dir / best.BEST)), parts.test, device)
+    return found | {"best_top1": chosen["top1"]}
 
 
 def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
@@ -189,7 +241,7 @@ def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
                  "train_images": len(parts.train), "test_images": len(parts.test), "skipped": parts.train.skipped,
                  "skipped_names": list(parts.train.skipped_names[:20])},
         "labels_seen": labels_seen(recipe, parts),
-        "labels_behind": parts.method.labels_behind,
+        "labels_behind": parts.method.labels_behind | generator_labels(recipe.data.source),
         "parameters": sum(p.numel() for p in parts.method.parameters() if p.requires_grad),
         "multiply_adds": counted * images,
     }  # fmt: skip
@@ -200,6 +252,15 @@ def labels_seen(recipe: Recipe, parts: Assembled) -> dict[str, int]:
     available = 0 if parts.train.labels is None else len(parts.train)
     count = available if parts.labelled is None else len(parts.labelled)
     return dict.fromkeys(recipe.method.label_readers(), count)
+
+
+def generator_labels(source: str) -> dict[str, int]:
+    """Labels that the generator of a synthetic set saw, which the images carry on."""
+    kind, _, location = source.partition(":")
+    if kind != "synthetic":
+        return {}
+    seen = read_manifest(location)[1]["generator"]["labels_seen"]
+    return {f"generator: {part}": count for part, count in seen.items()}
 
 
 def multiply_adds_per_image(method: Method, image_size: int) -> int:

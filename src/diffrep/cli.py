@@ -228,7 +228,9 @@ def assets(as_json: AsJson = False) -> None:
 
 @data_app.command("check")
 def data_check(name: str, path: Path, as_json: AsJson = False) -> None:
-    """Count images and classes, print the hash, name what is missing. NAME: cifar10, cifar100, folder, parquet.
+    """Count images and classes, print the hash, name what is missing.
+
+    NAME: cifar10, cifar100, dmkd, flowers102, folder, imagenet, parquet.
 
     Example: diffrep data check cifar10 cifar-10-python.tar.gz
     """
@@ -240,6 +242,8 @@ def data_check(name: str, path: Path, as_json: AsJson = False) -> None:
 @data_app.command("prepare")
 def data_prepare(name: str, path: Path, out: Path, as_json: AsJson = False) -> None:
     """Bring an official archive or a folder into a form that loads fast; writes OUT whole or not at all.
+
+    NAME: as for diffrep data check.
 
     Example: diffrep data prepare cifar10 cifar-10-python.tar.gz data/cifar10
     """

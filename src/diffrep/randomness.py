@@ -44,6 +44,33 @@ def seeded(seed: int, purpose: str, *index: int | str) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def hashed_uniform(seed: int, purpose: str, index: Tensor, view: Tensor) -> Tensor:
+    """One number for each (index, view), whatever stands beside it: splitmix64 of the two, on the CPU.
+
+    Args:
+        seed: which draw; purpose: what for; numbers of two purposes are independent.
+        index, view: (B,) int64, on any device.
+
+    Returns:
+        (B,) float64 in [0, 1), on the CPU.
+    """
+    key = np.uint64(derived_seed(seed, purpose))
+    mixed = _splitmix64(key + index.cpu().numpy().astype(np.uint64) * _GOLDEN)
+    mixed = _splitmix64(mixed + view.cpu().numpy().astype(np.uint64) * _GOLDEN)
+    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix64(state: np.ndarray) -> np.ndarray:
+    """The next output of the generator in ``state``, uint64 with wrap-around. Source: Steele, Lea, Flood 2014."""
+    mixed = state + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
 class Rows:
     """The draws of one step for some rows of its global batch.
 
@@ -75,6 +102,16 @@ class Rows:
         """probs (B, A) -> (B,) int64, one draw per row by inverting the cumulative distribution."""
         threshold = self.uniform(1).to(probs.device, probs.dtype) * probs.sum(1, keepdim=True)
         return (probs.cumsum(1) <= threshold).sum(1).clamp_(max=probs.shape[1] - 1)
+
+
+class PerImage(Rows):
+    """Draws of one generator per image: image k gets its own numbers, whoever stands beside it."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
 
 
 def cycle(seed: int, purpose: str, size: int, start: int, count: int) -> Tensor:

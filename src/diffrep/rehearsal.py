@@ -53,7 +53,7 @@ def _features(task: FeatureTask, stand_in: Path, allow_code: bool) -> dict[str, 
     views = augmentation(task.data.augment).num_views
     source = {"fingerprint": images.fingerprint, "augment": task.data.augment}
     settings = store_settings(teacher, task.features, len(images), views, source, task.seed)
-    write_empty_store(stand_in, teacher, task.features, settings)
+    write_empty_store(stand_in, settings)
     passes = len(images) * views * len(task.features.timesteps)
     found = _passes(teacher, task.features.taps, passes, task.features.block_size)
     return found | {"disk_bytes": feature_bytes(teacher, task.features, len(images), views)}

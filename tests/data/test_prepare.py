@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffrep import console
 from diffrep.data import prepare as prepare_module
+from diffrep.data.containers import torchvision_set
 from diffrep.data.datasets import DataConfig, load_data
 from diffrep.data.prepare import check, prepare
-from diffrep.data.sources import torchvision_set
 from diffrep.errors import UserError
 
 BATCHES = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
@@ -36,7 +37,7 @@ def official(monkeypatch):
     monkeypatch.setattr(dataset, "train_list", [[n, md5(contents[n])] for n in BATCHES[:5]])
     monkeypatch.setattr(dataset, "test_list", [[BATCHES[5], md5(contents[BATCHES[5]])]])
     monkeypatch.setitem(dataset.meta, "md5", md5(contents["batches.meta"]))
-    monkeypatch.setattr(prepare_module, "_OFFICIAL_COUNTS", {"train": 100, "test": 20})
+    monkeypatch.setitem(prepare_module._OFFICIAL_COUNTS, "cifar10", {"train": 100, "test": 20})
     return contents
 
 
@@ -48,7 +49,7 @@ def write_archive(path, members, monkeypatch=None):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     if monkeypatch:
-        monkeypatch.setitem(prepare_module._OFFICIAL_ARCHIVES, "cifar10", md5(path.read_bytes()))
+        monkeypatch.setitem(prepare_module._OFFICIAL_ARCHIVES, "cifar10", ("", md5(path.read_bytes())))
     return path
 
 
@@ -80,7 +81,7 @@ def test_an_official_archive_is_checked_and_unpacked(tmp_path, official, monkeyp
 def test_a_foreign_archive_is_refused_before_it_is_opened(tmp_path, official):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz", in_folder(official))
     for verb in (lambda: check("cifar10", archive), lambda: prepare("cifar10", archive, tmp_path / "out")):
-        with pytest.raises(UserError, match="c58f30108f718f92721af3b95e74349a; get it anew"):
+        with pytest.raises(UserError, match=r"c58f30108f718f92721af3b95e74349a \(python\); get it anew"):
             verb()
     assert not (tmp_path / "out").exists()
 
@@ -99,7 +100,8 @@ def test_a_link_in_the_archive_is_refused(tmp_path, monkeypatch):
         link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    monkeypatch.setitem(prepare_module._OFFICIAL_ARCHIVES, "cifar10", md5((tmp_path / "a.tar.gz").read_bytes()))
+    official = ("", md5((tmp_path / "a.tar.gz").read_bytes()))
+    monkeypatch.setitem(prepare_module._OFFICIAL_ARCHIVES, "cifar10", official)
     with pytest.raises(UserError, match="test_batch' is not a plain file"):
         prepare("cifar10", tmp_path / "a.tar.gz", tmp_path / "out")
 
@@ -125,13 +127,26 @@ class Hostile:
         return (open, (str(self.path), "w"))
 
 
-def test_a_pickle_of_another_md5_is_never_executed(tmp_path, official):
+def test_a_pickle_that_wants_to_run_code_never_does(tmp_path, official):
     official["data_batch_2"] = pickle.dumps(Hostile(tmp_path / "executed"))
     folder = write_folder(tmp_path / "cifar", official)
-    assert "data_batch_2 has md5" in check("cifar10", folder).missing[0]
-    with pytest.raises(UserError, match="data_batch_2 has md5"):
+    report = check("cifar10", folder)
+    assert "data_batch_2 has md5" in report.missing[0] and "refused, it holds io.open" in report.missing[1]
+    with pytest.raises(UserError, match=r"data_batch_2: refused, it holds io.open"):
         load_data(DataConfig(source=f"cifar10:{folder}"), "train")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_harmless_pickle_of_another_md5_is_read_and_reported(tmp_path, official):
+    batch = pickle.loads(official["data_batch_2"])
+    official["data_batch_2"] = pickle.dumps({"data": batch["data"][::-1], "labels": batch["labels"][::-1]}, protocol=2)
+    folder = write_folder(tmp_path / "cifar", official)
+    report = check("cifar10", folder)
+    assert len(report.missing) == 1 and "data_batch_2 has md5" in report.missing[0] and not report.is_complete
+    assert report.parts == {"train": 100, "test": 20}
+    assert len(load_data(DataConfig(source=f"cifar10:{folder}"), "train")) == 90
+    with pytest.raises(UserError, match=r"data_batch_2 has md5 .*; nothing was written"):
+        prepare("cifar10", folder, tmp_path / "out")
 
 
 def test_an_extracted_folder_becomes_parquet_with_the_same_pixels(tmp_path, official):
@@ -179,6 +194,41 @@ def test_a_slice_is_not_the_whole(shared):
     report = check("cifar100", shared / "fixtures/cifar100-slice")
     assert report.missing == ("train has 1000 of 50000 images", "test has 500 of 10000 images")
     assert report.parts == {"train": 1000, "test": 500} and len(report.classes) == 100
+
+
+def test_what_imagenet_lacks_is_counted_and_named(shared):
+    report = check("imagenet", shared / "fixtures/imagenet-sample")
+    assert report.parts == {"test": 20} and len(report.classes) == 1000
+    assert report.missing[:2] == ("train has 0 of 1281167 images", "test has 20 of 50000 images")
+    assert report.missing[2].startswith("test has no image of 980 classes (n01443537, ")
+
+
+def test_a_choice_of_imagenet_classes_has_fifty_test_images_each(shared, tmp_path):
+    (tmp_path / "two.txt").write_text("n01698640\nn01440764\n")
+    report = check("imagenet", f"{shared / 'fixtures/imagenet-sample'}@{tmp_path / 'two.txt'}")
+    assert report.missing == ("test has 2 of 100 images",) and report.classes == ("n01440764", "n01698640")
+
+
+def test_flowers_without_photographs_are_no_set(shared):
+    with pytest.raises(UserError, match=r"8189 of 8189 images are missing, first jpg/image_00001.jpg"):
+        check("flowers102", shared / "fixtures/flowers-102")
+
+
+def test_the_released_set_becomes_parquet(tmp_path, make_folder):
+    root = make_folder({"": 20})
+    for k in range(20):
+        (root / f"{k:03d}.png").rename(root / f"class_{k % 2}_seed_0_num_{k // 2}.png")
+    report = prepare("dmkd", root, tmp_path / "out")
+    assert report.parts == {"train": 18, "validation": 2} and report.is_complete
+    before, after = (load_data(DataConfig(source=s), "train") for s in (f"dmkd:{root}", report.source))
+    assert before.fingerprint == after.fingerprint and after.classes == ("0", "1")
+
+
+def test_a_long_check_says_how_far_it_is(make_folder, monkeypatch, capsys):
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    check("folder", make_folder({"train/cat": 5}))
+    assert "reading train 4/5" in capsys.readouterr().err
 
 
 def test_images_of_many_sizes_can_be_checked(shared):

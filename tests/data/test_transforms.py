@@ -90,8 +90,26 @@ def test_all_views_of_a_generic_image_differ(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "flop", "shift", "shift:0", "shift:-1", "shift:1.5", "crop_flip:x", "Flip", "flip:1"]
-)
+    ("text", "count"),
+    [
+        ("resized_crop:20", 20), ("mixup:5", 5), ("cutmix:1", 1), ("crop_flip:4+cutmix:10", 1620),
+        ("resized_crop:20+mixup:5", 100), ("flip+mixup:1000000", 2_000_000),
+        ("crop_flip:99999+cutmix:1000000", 2 * 199_999**2 * 1_000_000),
+    ],
+)  # fmt: skip
+def test_number_of_views_of_what_is_joined(text, count):
+    assert augmentation(text).num_views == count < 2**63 and augmentation(text).text == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "flop", "shift", "shift:0", "shift:-1", "shift:1.5", "crop_flip:x", "Flip", "flip:1", "resized_crop",
+        "resized_crop:0", "resized_crop:1000001", "mixup:1000001", "mixup:1e3", "cutmix", "cutmix:01", "shift:100000",
+        "flip+", "+mixup:2", "flip+flip", "mixup:2+cutmix:2", "cutmix:2+flip", "none+mixup:2", "mixup:2+mixup:2",
+        "flip+shift:1", "flip+mixup:2+cutmix:2", "flip + mixup:2", "flip+none",
+    ],
+)  # fmt: skip
 def test_unknown_text_is_refused_with_what_is_valid(text):
     with pytest.raises(UserError, match="crop_flip:R") as caught:
         augmentation(text)

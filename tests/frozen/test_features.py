@@ -9,7 +9,8 @@ import torch
 from diffrep.errors import RunError, UserError
 from diffrep.files import sha256_of
 from diffrep.frozen.diffusion import DiffusionTeacher
-from diffrep.frozen.features import MANIFEST, PROGRESS, FeatureConfig, FeatureStore, write_features
+from diffrep.frozen.features import FeatureConfig, FeatureStore, write_features
+from diffrep.frozen.stores import MANIFEST, PROGRESS
 from diffrep.randomness import Rows, stream
 
 NUM, VIEWS = 10, 2
@@ -62,7 +63,7 @@ def test_float32_replays_the_teacher_bit_for_bit_at_equal_blocks(teacher, tmp_pa
 def test_gather_takes_each_images_own_timestep_and_view(teacher, tmp_path, monkeypatch, resident):
     write(tmp_path, teacher)
     if not resident:
-        monkeypatch.setattr("diffrep.frozen.features.RESIDENT_BYTES", 0)
+        monkeypatch.setattr("diffrep.frozen.stores.RESIDENT_BYTES", 0)
     store = FeatureStore(tmp_path)
     timestep, view, index = torch.tensor([3, 700, 700, 3]), torch.tensor([1, 0, 1, 0]), torch.tensor([9, 9, 0, 2])
     found = store.gather("mid", timestep, view, index, torch.device("cpu"))
@@ -152,7 +153,7 @@ def test_an_interrupted_store_with_other_settings_or_a_damaged_array_is_refused(
     with pytest.raises(CutError):
         write(tmp_path, teacher, settings(**LONG), until(300, []), num=100)
     other = settings(**LONG | {"pool": 2})
-    assert "holds other features (pool: 1, now 2)" in refused(lambda: write(tmp_path, teacher, other, num=100))
+    assert "was written with other settings (pool: 1, now 2)" in refused(lambda: write(tmp_path, teacher, other, num=100))
     array = tmp_path / "mid.npy"
     cut = array.read_bytes()[:-100]
     array.write_bytes(cut)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from diffrep import _torchvision_compat
-from diffrep.data.images import Part, UnreadableError
+from diffrep.data.images import Part, Read, UnreadableError
 from diffrep.errors import UserError
 
 PART_WORDS = {
@@ -41,6 +41,14 @@ def existing(location: str) -> Path:
     if not path.exists():
         raise UserError(f"{location} does not exist; give a folder or file on this machine")
     return path
+
+
+def torchvision_set(name: str) -> Any:
+    """A dataset class of torchvision, imported only now."""
+    _torchvision_compat.install()
+    import torchvision.datasets
+
+    return getattr(torchvision.datasets, name)
 
 
 def part_named_in(text: str) -> str | None:
@@ -80,7 +88,7 @@ def _agreed(named: list[tuple[str, tuple[str, ...]]], origin: str) -> tuple[str,
     return classes
 
 
-def read_parquet(location: str) -> tuple[tuple[str, ...], dict[str, Part]]:
+def read_parquet(location: str) -> Read:
     """A parquet file or a folder of them: struct{bytes, path} images, integer labels, class names in the schema."""
     origin, base = f"parquet:{location}", existing(location)
     files = [base] if base.is_file() else sorted(base.rglob("*.parquet"))
@@ -181,7 +189,7 @@ class _RowGroups:
             return self._recent[group]
 
 
-def read_hub(location: str) -> tuple[tuple[str, ...], dict[str, Part]]:
+def read_hub(location: str) -> Read:
     """Whatever ``datasets.load_dataset`` finds under a name or in a folder (or ``save_to_disk`` left there)."""
     loaded = _load_hub(location)
     parts = {PART_WORDS[name]: rows for name, rows in loaded.items() if name in PART_WORDS}

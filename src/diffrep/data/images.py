@@ -9,10 +9,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from diffrep.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 # Measured: threads halve the time for photographs and double it for thumbnails, where they only wait for each other.
 _POOLED_BYTES = 8192  # mean size of an encoded image
@@ -43,6 +47,49 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+Read = tuple[tuple[str, ...], dict[str, Part]]  # what a reader answers: class names (empty = unnamed), parts by name
+
+
+def array_part(images: np.ndarray, labels: Any, part: str) -> Part:
+    """A part that is in memory: images (N, H, W) or (N, H, W, 3) uint8, labels (N,) integers."""
+    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    return Part([f"{part}[{i}]" for i in range(len(images))], images.__getitem__, labels)
+
+
+def file_part(origin: str, base: Path, names: Sequence[str], labels: Sequence[int]) -> Part:
+    """A part of image files. names: paths from ``base``, or absolute; labels: one for each, -1 = hidden.
+
+    Raises:
+        UserError: files that are not there, with their count and the first.
+    """
+    sizes = [_size(os.path.join(base, name)) for name in names]
+    if missing := [name for name, size in zip(names, sizes, strict=True) if size is None]:
+        found = f"{len(missing)} of {len(names)} images are missing, first {missing[0]}"
+        raise UserError(f"{origin}: {found} (looked for in {base})")
+    files = tuple((name, size or 0) for name, size in zip(names, sizes, strict=True))
+    return Part(names, lambda i: (base / names[i]).read_bytes(), torch.tensor(labels, dtype=torch.int64), files)
+
+
+def some_of(part: Part, rows: Sequence[int]) -> Part:
+    """Some images of a :func:`file_part`, in this order."""
+    labels = None if part.labels is None else part.labels[list(rows)]
+    return Part([part.names[r] for r in rows], lambda i: part.read(rows[i]), labels, tuple(part.files[r] for r in rows))
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes of a file that holds others too."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # not there, or no path at all
+        return None
 
 
 class UnreadableError(Exception):

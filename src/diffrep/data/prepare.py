@@ -1,6 +1,6 @@
 """Checking a data set before a run needs it, and bringing official archives and folders into a form runs can read.
 
-Nothing is fetched. An archive is unpacked, and a pickle read, only after its md5 was found to be the official one.
+Nothing is fetched. An archive is unpacked only after its md5 was found to be an official one.
 """
 
 from __future__ import annotations
@@ -19,19 +19,27 @@ from typing import Any
 import numpy as np
 
 from diffrep import files
+from diffrep.console import progress
+from diffrep.data import cifar
 from diffrep.data.containers import existing
 from diffrep.data.datasets import split_positions
+from diffrep.data.imagenet import classes_without_image
 from diffrep.data.images import Part, UnreadableError, decoded, fingerprint
-from diffrep.data.sources import KINDS, Source, cifar_faults, cifar_root, read_source, torchvision_set
+from diffrep.data.sources import Source, read_source
 from diffrep.errors import UserError, nearest
 
-CHECKED = ("cifar10", "cifar100", "folder", "parquet")  # the NAMEs of `diffrep data check`
-_OFFICIAL_ARCHIVES = {  # md5 as on the authors' page, https://www.cs.toronto.edu/~kriz/cifar.html
-    "cifar10": "c58f30108f718f92721af3b95e74349a",
-    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
+CHECKED = ("cifar10", "cifar100", "dmkd", "flowers102", "folder", "imagenet", "parquet")  # NAMEs of `data check`
+_OFFICIAL_ARCHIVES = {  # md5 of the binary and the python version, from https://www.cs.toronto.edu/~kriz/cifar.html
+    "cifar10": ("c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"),
+    "cifar100": ("03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"),
 }
-_TORCHVISION_NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-_OFFICIAL_COUNTS = {"train": 50_000, "test": 10_000}  # of both
+_OFFICIAL_COUNTS = {
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "flowers102": {"train": 1_020, "validation": 1_020, "test": 6_149},
+    "imagenet": {"train": 1_281_167, "test": 50_000},
+}
+_VAL_IMAGES_PER_CLASS = 50  # of ImageNet
 _ROWS_PER_GROUP = 256
 
 
@@ -73,13 +81,13 @@ def check(name: str, path: str | Path) -> Report:
     """Read everything once and say what is there; an archive is unpacked into a temporary folder.
 
     Args:
-        name: "cifar10", "cifar100", "folder" or "parquet".
-        path: an official archive, its extracted folder, a folder of images, or parquet files.
+        name: one of ``CHECKED``.
+        path: what follows the colon in a data reference; for CIFAR also an official archive.
 
     Raises:
         UserError: another name, a path that cannot be such a data set, an archive that is not the official one.
     """
-    location = _checked_location(name, path)
+    location = _location(name, path)
     if _is_archive(name, location):
         with tempfile.TemporaryDirectory() as folder:
             _unpack(name, location, Path(folder))
@@ -95,7 +103,7 @@ def prepare(name: str, path: str | Path, out: str | Path) -> Report:
     Raises:
         UserError: as :func:`check`; anything missing or unreadable; ``out`` is there already.
     """
-    location, target = _checked_location(name, path), Path(out).expanduser()
+    location, target = _location(name, path), Path(out).expanduser()
     if target.exists():
         raise UserError(f"{out} exists; choose a new folder")
     if _is_archive(name, location):
@@ -116,10 +124,10 @@ def _prepare_archive(name: str, archive: Path, target: Path) -> Report:
     return _renamed(report, f"{name}:{target}")
 
 
-def _checked_location(name: str, path: str | Path) -> Path:
+def _location(name: str, path: str | Path) -> Path:
     if name not in CHECKED:
         raise UserError(f"data set {name!r} is unknown here; {nearest(name, CHECKED)}")
-    return existing(str(path))
+    return existing(str(path)) if name in _OFFICIAL_ARCHIVES else Path(path)
 
 
 def _is_archive(name: str, location: Path) -> bool:
@@ -139,40 +147,57 @@ def _complete(report: Report) -> Report:
 
 
 def _report(name: str, location: Path) -> Report:
-    reference = f"{name}:{location}"
-    if faults := _cifar_faults(name, location):
-        return Report(reference, {}, {}, (), {}, tuple(faults), (), KINDS[name].licence)
-    source = read_source(reference)
+    reference, foreign = f"{name}:{location}", []
+    if name in cifar.SETS and not location.is_file() and not cifar.is_parquet(location):
+        version = cifar.present_version(name, location)
+        if missing := version.missing(location):
+            return _nothing_read(reference, [f"{file} is missing" for file in missing])
+        foreign = cifar.foreign_files(name, location) if version is cifar.SETS[name].python else []
+    try:
+        source = read_source(reference)
+    except UserError as error:
+        if not foreign:
+            raise
+        return _nothing_read(reference, [*foreign, str(error)])
+    return _described(name, source, foreign)
+
+
+def _nothing_read(reference: str, faults: list[str]) -> Report:
+    return Report(reference, {}, {}, (), {}, tuple(faults), (), cifar.CIFAR_LICENCE)
+
+
+def _described(name: str, source: Source, foreign: list[str]) -> Report:
+    """The report of a source after one look at every image."""
     unreadable: list[str] = []
-    prints = {n: fingerprint(_readable(part, unreadable), part.labels) for n, part in source.parts.items()}
+    prints = {n: fingerprint(_readable(n, part, unreadable), part.labels) for n, part in source.parts.items()}
     counts = {n: len(part) for n, part in source.parts.items()}
-    missing = tuple(_missing_images(name, counts))
+    missing = (*foreign, *_missing_images(name, source))
     return Report(
-        reference, counts, _split_counts(source), source.classes, prints, missing, tuple(unreadable), source.licence
-    )
+        source.reference, counts, _split_counts(source), source.classes, prints, missing, tuple(unreadable),
+        source.licence,
+    )  # fmt: skip
 
 
-def _cifar_faults(name: str, location: Path) -> list[str]:
-    """Missing or foreign files of an extracted official folder; empty for every other kind of location."""
-    if name not in _OFFICIAL_ARCHIVES or location.is_file() or any(location.glob("*.parquet")):
-        return []
-    dataset = torchvision_set(_TORCHVISION_NAMES[name])
-    return cifar_faults(dataset, cifar_root(dataset, location))
+def _missing_images(name: str, source: Source) -> Iterator[str]:
+    is_choice = name == "imagenet" and len(source.classes) < 1000  # a class list leaves no official number for train
+    choice = {"test": _VAL_IMAGES_PER_CLASS * len(source.classes)}
+    for part_name, official in (choice if is_choice else _OFFICIAL_COUNTS.get(name, {})).items():
+        if (count := len(source.parts.get(part_name, ()))) != official:
+            yield f"{part_name} has {count} of {official} images"
+    for part_name, part in source.parts.items() if name == "imagenet" else ():
+        if absent := classes_without_image(part, source.classes):
+            yield f"{part_name} has no image of {len(absent)} classes ({', '.join(absent[:5])}, ...)"
 
 
-def _missing_images(name: str, counts: dict[str, int]) -> Iterator[str]:
-    for part, official in _OFFICIAL_COUNTS.items() if name in _OFFICIAL_ARCHIVES else ():
-        if counts.get(part, 0) != official:
-            yield f"{part} has {counts.get(part, 0)} of {official} images"
-
-
-def _readable(part: Part, unreadable: list[str]) -> Iterator[np.ndarray]:
+def _readable(label: str, part: Part, unreadable: list[str]) -> Iterator[np.ndarray]:
     """The images of a part; the names of those that cannot be decoded are added to ``unreadable``."""
-    for name, result in zip(part.names, decoded(part, range(len(part)), None), strict=True):
-        if isinstance(result, UnreadableError):
-            unreadable.append(f"{name} ({result})")
-        else:
-            yield result
+    with progress(f"reading {label}") as report:
+        for done, result in enumerate(decoded(part, range(len(part)), None)):
+            report(done, len(part))
+            if isinstance(result, UnreadableError):
+                unreadable.append(f"{part.names[done]} ({result})")
+            else:
+                yield result
 
 
 def _split_counts(source: Source) -> dict[str, int]:
@@ -188,9 +213,10 @@ def _split_counts(source: Source) -> dict[str, int]:
 def _verify_archive(name: str, archive: Path) -> None:
     with open(archive, "rb") as file:
         met = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if met != _OFFICIAL_ARCHIVES[name]:
-        official = _OFFICIAL_ARCHIVES[name]
-        raise UserError(f"{archive}: md5 is {met}, that of the official {name} archive is {official}; get it anew")
+    if met not in _OFFICIAL_ARCHIVES[name]:
+        binary, python = _OFFICIAL_ARCHIVES[name]
+        official = f"the official {name} archives have {binary} (binary) and {python} (python)"
+        raise UserError(f"{archive}: md5 is {met}, {official}; get it anew")
 
 
 def _unpack(name: str, archive: Path, folder: Path) -> None:
@@ -224,8 +250,9 @@ def _write_parquet(path: Path, part: Part, classes: tuple[str, ...]) -> None:
         features["label"] = {"_type": "ClassLabel", "names": list(classes)}
         fields.append(("label", pa.int64()))
     schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema) as writer, progress(f"writing {path.stem}") as report:
         for start in range(0, len(part), _ROWS_PER_GROUP):
+            report(start, len(part))
             rows = range(start, min(start + _ROWS_PER_GROUP, len(part)))
             writer.write_batch(pa.RecordBatch.from_pylist([_row(part, i) for i in rows], schema))
 

@@ -5,25 +5,24 @@ A reader answers with the official parts of its source, nothing held out and not
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from diffrep import _torchvision_compat
-from diffrep.data.containers import PART_WORDS, existing, read_hub, read_parquet
-from diffrep.data.images import Part
+from diffrep.data.cifar import CIFAR_LICENCE, read_cifar
+from diffrep.data.containers import PART_WORDS, existing, read_hub, read_parquet, torchvision_set
+from diffrep.data.controls import read_noise, read_one_image, read_photographs
+from diffrep.data.flowers import read_flowers
+from diffrep.data.imagenet import read_imagenet
+from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, array_part, file_part
+from diffrep.data.lists import read_dmkd
+from diffrep.data.shards import read_synthetic, set_licence
 from diffrep.data.tars import read_shards
 from diffrep.errors import UserError, nearest
 
-Read = tuple[tuple[str, ...], dict[str, Part]]  # class names (empty = unnamed), parts by official name
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _MAX_CLASSES = 1 << 16  # without class names, a larger label is taken for a mistake
 
 
@@ -43,7 +42,7 @@ class Kind:
 
     read: Callable[[str], Read]
     location: str | None
-    licence: str
+    licence: str | Callable[[str], str]  # or what finds it at a location
 
 
 def parse(text: str) -> tuple[str, str]:
@@ -74,7 +73,9 @@ def read_source(text: str) -> Source:
         raise UserError(f"{text}: holds no images")
     if not classes:
         classes = _numbered(parts)
-    return Source(text, classes, {n: _checked(p, classes, text) for n, p in parts.items()}, KINDS[kind].licence)
+    told = KINDS[kind].licence
+    licence = told if isinstance(told, str) else told(location)
+    return Source(text, classes, {n: _checked(p, classes, text) for n, p in parts.items()}, licence)
 
 
 def _numbered(parts: dict[str, Part]) -> tuple[str, ...]:
@@ -93,26 +94,13 @@ def _checked(part: Part, classes: tuple[str, ...], origin: str) -> Part:
     return part
 
 
-def _array_part(images: np.ndarray, labels: Any, part: str) -> Part:
-    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    return Part([f"{part}[{i}]" for i in range(len(images))], images.__getitem__, labels)
-
-
 def _read_digits(_: str) -> Read:
     """1,797 grey 8x8 digits inside scikit-learn; values 0..16 become 0..255."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return tuple(map(str, range(10))), {"train": _array_part(images, data.target, "train")}
-
-
-def torchvision_set(name: str) -> Any:
-    """A dataset class of torchvision, imported only now."""
-    _torchvision_compat.install()
-    import torchvision.datasets
-
-    return getattr(torchvision.datasets, name)
+    return tuple(map(str, range(10))), {"train": array_part(images, data.target, "train")}
 
 
 def _read_mnist(name: str, location: str) -> Read:
@@ -122,42 +110,8 @@ def _read_mnist(name: str, location: str) -> Read:
     except Exception as error:  # torchvision raises RuntimeError, ValueError, AssertionError, ... on damaged files
         reason = str(error).splitlines()[0].split(" You can use")[0]
         raise UserError(f"{location}: {reason} The files are expected in {path / name / 'raw'}") from None
-    parts = {part: _array_part(d.data.numpy(), d.targets.reshape(len(d), -1)[:, 0], part) for part, d in found.items()}
+    parts = {part: array_part(d.data.numpy(), d.targets.reshape(len(d), -1)[:, 0], part) for part, d in found.items()}
     return tuple(dataset.classes), parts
-
-
-def cifar_faults(dataset: Any, root: Path) -> list[str]:
-    """What keeps ``root`` from being the official extracted folder: files missing or with a foreign md5."""
-    meta = [dataset.meta["filename"], dataset.meta["md5"]]
-    faults = []
-    for name, official in [*dataset.train_list, *dataset.test_list, meta]:
-        file = root / dataset.base_folder / name
-        if not file.is_file():
-            faults.append(f"{name} is missing")
-        elif (met := hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()) != official:
-            faults.append(f"{name} has md5 {met}, the official file has {official}")
-    return faults
-
-
-def cifar_root(dataset: Any, path: Path) -> Path:
-    """The folder torchvision wants, whether the user names it or the batches folder inside."""
-    return path.parent if path.name == dataset.base_folder else path
-
-
-def _read_cifar(name: str, location: str) -> Read:
-    """The official pickles, unpickled only if every md5 is the official one; or a folder of parquet files."""
-    path = existing(location)
-    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-        return read_parquet(location)
-    if path.is_file():
-        raise UserError(f"{location} is a file; `diffrep data prepare {name.lower()}` makes a folder of the archive")
-    dataset = torchvision_set(name)
-    root = cifar_root(dataset, path)
-    if faults := cifar_faults(dataset, root):
-        raise UserError(f"{root / dataset.base_folder}: {faults[0]}; get the official archive from {dataset.url}")
-    found = {part: dataset(root, train=part == "train", download=False) for part in ("train", "test")}
-    classes = tuple(found["train"].classes)
-    return classes, {part: _array_part(d.data, d.targets, part) for part, d in found.items()}
 
 
 def _read_folder(location: str) -> Read:
@@ -171,7 +125,13 @@ def _read_folder(location: str) -> Read:
     roots = {PART_WORDS[f]: path / f for f in named} if has_parts else {"train": path}
     found = {part: _labelled_files(root) for part, root in roots.items()}
     classes = tuple(sorted({label for files in found.values() for _, label in files if label is not None}))
-    return classes, {part: _file_part(path, files, classes) for part, files in found.items()}
+    number = {name: k for k, name in enumerate(classes)}
+    parts = {}
+    for part, files in found.items():
+        names = [str(file.relative_to(path)) for file, _ in files]
+        labels = [-1 if label is None else number[label] for _, label in files]
+        parts[part] = file_part(f"folder:{location}", path, names, labels)
+    return classes, parts
 
 
 def _visible_folders(path: Path) -> list[Path]:
@@ -179,7 +139,7 @@ def _visible_folders(path: Path) -> list[Path]:
 
 
 def _images_below(path: Path, pattern: str) -> list[Path]:
-    return sorted(f for f in path.glob(pattern) if f.suffix.lower() in _IMAGE_SUFFIXES and not f.name.startswith("."))
+    return sorted(f for f in path.glob(pattern) if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
 
 
 def _labelled_files(root: Path) -> list[tuple[Path, str | None]]:
@@ -196,7 +156,7 @@ def _labelled_files(root: Path) -> list[tuple[Path, str | None]]:
     empty = next((f.name for f, files in by_class.items() if not files), None)
     if empty is not None or not by_class:
         what = "holds no images" if empty is None else f"class folder {empty!r} holds no images"
-        raise UserError(f"{root}: {what} ({' '.join(_IMAGE_SUFFIXES)})")
+        raise UserError(f"{root}: {what} ({' '.join(IMAGE_SUFFIXES)})")
     return [(file, folder.name) for folder, files in by_class.items() for file in files]
 
 
@@ -206,16 +166,8 @@ def _annotations(root: Path) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if len(line) > 1}
 
 
-def _file_part(base: Path, files: list[tuple[Path, str | None]], classes: tuple[str, ...]) -> Part:
-    number = {name: k for k, name in enumerate(classes)}
-    names = [str(file.relative_to(base)) for file, _ in files]
-    labels = torch.tensor([-1 if label is None else number[label] for _, label in files], dtype=torch.int64)
-    sizes = tuple((name, file.stat().st_size) for name, (file, _) in zip(names, files, strict=True))
-    return Part(names, lambda i: files[i][0].read_bytes(), labels, sizes)
-
-
-_CIFAR_LICENCE = "none stated by the authors; cite Krizhevsky 2009"
 _OWN = "unknown: yours"
+_PHOTOGRAPHS = "CC BY 2.0 (sample images of scikit-learn)"
 
 KINDS: dict[str, Kind] = {
     "digits": Kind(_read_digits, None, "CC BY 4.0 (UCI, by way of scikit-learn)"),
@@ -223,10 +175,17 @@ KINDS: dict[str, Kind] = {
     "fashion_mnist": Kind(partial(_read_mnist, "FashionMNIST"), "FOLDER", "MIT"),
     "kmnist": Kind(partial(_read_mnist, "KMNIST"), "FOLDER", "CC BY-SA 4.0"),
     "qmnist": Kind(partial(_read_mnist, "QMNIST"), "FOLDER", "none stated here; cite Yadav and Bottou 2019"),
-    "cifar10": Kind(partial(_read_cifar, "CIFAR10"), "FOLDER", _CIFAR_LICENCE),
-    "cifar100": Kind(partial(_read_cifar, "CIFAR100"), "FOLDER", _CIFAR_LICENCE),
+    "cifar10": Kind(partial(read_cifar, "cifar10"), "FOLDER", CIFAR_LICENCE),
+    "cifar100": Kind(partial(read_cifar, "cifar100"), "FOLDER", CIFAR_LICENCE),
+    "flowers102": Kind(read_flowers, "FOLDER", "none stated by the authors; cite Nilsback and Zisserman 2008"),
+    "imagenet": Kind(read_imagenet, "FOLDER[@CLASS_LIST]", "ImageNet's terms: non-commercial research and education"),
+    "dmkd": Kind(read_dmkd, "FOLDER_OR_LIST", "not stated for the released sets; else that of the generator"),
     "folder": Kind(_read_folder, "FOLDER", _OWN),
     "parquet": Kind(read_parquet, "FILE_OR_FOLDER", _OWN),
     "hf": Kind(read_hub, "NAME_OR_FOLDER", "unknown: see the page of the data set"),
     "shards": Kind(read_shards, "URL_OR_GLOB", _OWN),
+    "synthetic": Kind(read_synthetic, "FOLDER", set_licence),
+    "noise": Kind(read_noise, "COUNTxSIZE", "none needed"),
+    "photographs": Kind(read_photographs, "COUNTxSIZE", _PHOTOGRAPHS),
+    "one_image": Kind(read_one_image, "COUNTxSIZE", _PHOTOGRAPHS),
 }

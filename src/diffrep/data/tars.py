@@ -34,7 +34,7 @@ def read_shards(location: str) -> tuple[tuple[str, ...], dict[str, Part]]:
     if not places:
         raise UserError(f"{origin}: no file matches")
     parts = by_part([(PurePosixPath(place).name, place) for place in places], origin)
-    return (), {part: _shard_part(chosen) for part, chosen in parts.items()}
+    return (), {part: shard_part(chosen) for part, chosen in parts.items()}
 
 
 def _counted(text: str) -> list[str]:
@@ -48,7 +48,7 @@ def _counted(text: str) -> list[str]:
     return [t for n in numbers for t in _counted(f"{text[: found.start()]}{n:0{len(found[1])}d}{text[found.end() :]}")]
 
 
-def _shard_part(places: list[str]) -> Part:
+def shard_part(places: list[str]) -> Part:
     samples = [(f"{PurePosixPath(p).name}:{key}", fields) for p in places for key, fields in _samples(p).items()]
     images = [(name, fields) for name, fields in samples if any(e in fields for e in _SHARD_IMAGES)]
     names = [name for name, _ in images]

@@ -1,7 +1,8 @@
 """Augmentation on whole batches, on the batch's device, from a list of views that can be counted.
 
 Because an augmentation is "view number v of this image" and not a fresh draw, a teacher's answer to (index, view) can
-be stored and replayed exactly. Letters: B images, C channels, H and W pixels, R the largest shift in pixels.
+be stored and replayed exactly. What looks random (crops, mixtures) is drawn by hashing (index, view).
+Letters: B images, C channels, H and W pixels, N images of the set, R the largest shift in pixels, V views.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.data.crops import ResizedCrops
+from diffrep.data.mixing import Mixing
 from diffrep.errors import UserError
 
-_VALID = 'valid: "none", "flip", "shift:R", "crop_flip:R" with R = 1, 2, ... pixels'
+MAX_VIEWS = 1_000_000  # V of one part
+_VALID = (
+    'valid: "none", "flip", "shift:R", "crop_flip:R" or "resized_crop:V", alone or joined by + with "mixup:V" or '
+    '"cutmix:V", as in "crop_flip:4+cutmix:10"; R = 1, 2, ... pixels, V = 1, 2, ... 1000000 views'
+)
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """A numbered list of views of an image; view 0 is the untouched image.
-
-    Shifts are numbered 0, 1, -1, 2, -2, ... per axis (columns fastest); the flipped views follow the unflipped ones.
-    """
+class Shifts:
+    """Shifts numbered 0, 1, -1, 2, -2, ... per axis (columns fastest); the mirrored views follow the others."""
 
     text: str  # as written in the recipe
     reach: int  # R, pixels; 0 = no shift
@@ -37,15 +41,8 @@ class Augmentation:
     def _num_shifts(self) -> int:
         return (2 * self.reach + 1) ** 2
 
-    def apply(self, images: Tensor, view: Tensor) -> Tensor:
-        """Show every image in its own view.
-
-        Args:
-            images: (B, C, H, W), any dtype; pixels that a shift brings in from outside are 0.
-            view: (B,) int64 in [0, num_views), on the same device.
-
-        Returns:
-            (B, C, H, W), same dtype and device; row b depends on ``images[b]`` and ``view[b]`` only.
+    def show(self, images: Tensor, view: Tensor) -> Tensor:
+        """images (B, C, H, W), any dtype -> the same, shifted; pixels from outside are 0.
 
         Raises:
             UserError: a shift as wide as the image, which would leave nothing of it.
@@ -55,7 +52,7 @@ class Augmentation:
         height, width = images.shape[-2:]
         if self.reach >= min(height, width):
             raise UserError(f"augment {self.text!r}: images are {height}x{width}; R must be below {min(height, width)}")
-        rows, columns = self._origins(view, height, width)
+        rows, columns = self._origins(view.to(images.device), height, width)
         padded = F.pad(images, (self.reach,) * 4)
         source = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]  # (B, H, W) positions in a padded plane
         source = source.view(len(images), 1, -1).expand(-1, images.shape[1], -1)  # (B, C, H * W)
@@ -76,17 +73,103 @@ def _signed(number: Tensor) -> Tensor:
     return torch.where(number % 2 == 1, (number + 1) // 2, -(number // 2))
 
 
-def augmentation(text: str) -> Augmentation:
-    """Read "none", "flip", "shift:R" or "crop_flip:R".
+@dataclass(frozen=True)
+class Augmentation:
+    """A numbered list of views of an image: view v shows place v % P of P, mixed in manner v // P.
 
-    shift:R translates by up to R pixels, zero-filled; crop_flip:R also mirrors (pad by R, crop back, flip).
+    Without crops and mixing, view 0 is the untouched image.
+    """
+
+    text: str  # as written in the recipe
+    places: Shifts | ResizedCrops
+    mixing: Mixing | None
+
+    @property
+    def num_views(self) -> int:
+        return self.places.num_views * (self.mixing.num_views if self.mixing else 1)
+
+    @property
+    def reach(self) -> int:
+        """R, the largest shift in pixels."""
+        return self.places.reach if isinstance(self.places, Shifts) else 0
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether a view also depends on the image's position in its set."""
+        return self.mixing is not None or isinstance(self.places, ResizedCrops)
+
+    def partners(self, index: Tensor, view: Tensor, num_images: int) -> Tensor | None:
+        """Which images ``apply`` needs beside these: positions (B,) int64 on the CPU, or None where nothing is mixed.
+
+        Args:
+            index: (B,) int64, positions in the set.
+            view: (B,) int64 in [0, num_views).
+            num_images: N.
+        """
+        return self.mixing.partners(index, view, num_images) if self.mixing else None
+
+    def apply(
+        self, images: Tensor, view: Tensor, index: Tensor | None = None, partner_images: Tensor | None = None
+    ) -> Tensor:
+        """Show every image in its own view.
+
+        Args:
+            images: (B, C, H, W), any dtype; pixels that a shift brings in from outside are 0.
+            view: (B,) int64 in [0, num_views), on any device; what is hashed is hashed on the CPU.
+            index: (B,) int64, positions in the set; needed where ``needs_index``.
+            partner_images: (B, C, H, W), the images at ``partners``, as they are stored; needed where there are any.
+
+        Returns:
+            (B, C, H, W), same dtype and device; row b depends on its image, view, index and partner image only.
+
+        Raises:
+            UserError: a shift as wide as the image, which would leave nothing of it.
+            ValueError: index or partner images are needed and not given.
+        """
+        if not self.needs_index:
+            return self._shown(images, view, view, "")
+        if index is None or (self.mixing is not None and partner_images is None):
+            raise ValueError(f"augment {self.text!r}: a view depends on index and partner images; pass both")
+        shown = self._shown(images, view % self.places.num_views, index, "")
+        if self.mixing is None or partner_images is None:
+            return shown
+        place = (self.mixing.uniform("place", index, view) * self.places.num_views).long()
+        others = self._shown(partner_images, place, index, self.mixing.kind)
+        return self.mixing.blend(shown, others, index, view)
+
+    def _shown(self, images: Tensor, view: Tensor, index: Tensor, role: str) -> Tensor:
+        if isinstance(self.places, Shifts):
+            return self.places.show(images, view)
+        return self.places.show(images, view, index, role)
+
+
+def augmentation(text: str) -> Augmentation:
+    """Read "none", "flip", "shift:R", "crop_flip:R", "resized_crop:V", "mixup:V", "cutmix:V", or PLACES+MIXING.
+
+    shift:R translates by up to R pixels, zero-filled; crop_flip:R also mirrors (pad by R, crop back, flip);
+    resized_crop:V is V random crops, resized back and mirrored by chance; mixup:V and cutmix:V mix in another image.
 
     Raises:
         UserError: any other text.
     """
-    if text in ("none", "flip"):
-        return Augmentation(text, 0, text == "flip")
-    found = re.fullmatch(r"(shift|crop_flip):([1-9]\d{0,4})", text)
-    if not found:
+    first, plus, second = text.partition("+")
+    if not plus and (mixing := _mixing(first)):
+        return Augmentation(text, Shifts(text, 0, False), mixing)
+    places, mixing = _places(text, first), _mixing(second)
+    if places is None or (plus and (mixing is None or first == "none")):
         raise UserError(f"augment {text!r} is unknown; {_VALID}")
-    return Augmentation(text, int(found[2]), found[1] == "crop_flip")
+    return Augmentation(text, places, mixing)
+
+
+def _places(text: str, part: str) -> Shifts | ResizedCrops | None:
+    if part in ("none", "flip"):
+        return Shifts(text, 0, part == "flip")
+    if found := re.fullmatch(r"(shift|crop_flip):([1-9]\d{0,4})", part):
+        return Shifts(text, int(found[2]), found[1] == "crop_flip")
+    found = re.fullmatch(r"resized_crop:([1-9]\d{0,6})", part)
+    return ResizedCrops(int(found[1])) if found and int(found[1]) <= MAX_VIEWS else None
+
+
+def _mixing(part: str) -> Mixing | None:
+    found = re.fullmatch(r"(mixup|cutmix):([1-9]\d{0,6})", part)
+    return Mixing(found[1], int(found[2])) if found and int(found[2]) <= MAX_VIEWS else None

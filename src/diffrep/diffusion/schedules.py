@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -61,7 +62,7 @@ class NoiseSchedule:
         """``linear`` or ``cosine``."""
         return cls.from_betas({"linear": linear_betas, "cosine": cosine_betas}[name](num_timesteps))
 
-    @property
+    @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         return np.cumprod(1.0 - self.betas)
 
@@ -72,6 +73,36 @@ class NoiseSchedule:
         """alpha_bar at ``step`` (B,) int64, shaped (B, 1, 1, ...) and typed to multiply ``like``."""
         values = torch.from_numpy(self.alphas_cumprod).to(like.device)[step].to(torch.float32)
         return values.view(-1, *[1] * (like.dim() - 1))
+
+    def alpha_bar_at(self, step: int) -> float:
+        """alpha_bar at one step; 1 before the first (step -1)."""
+        return float(self.alphas_cumprod[step]) if step >= 0 else 1.0
+
+    def sigma_at(self, step: int) -> float:
+        """sqrt((1 - alpha_bar) / alpha_bar): the noise level in units of the image (EDM's sigma)."""
+        alpha_bar = self.alpha_bar_at(step)
+        return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
+    def posterior_weights(self, step: int) -> tuple[float, float]:
+        """The weights of x_0 and x_t in the mean of q(x_(t-1) | x_t, x_0) (Ho et al. 2020, equation 7)."""
+        beta, here, before = float(self.betas[step]), self.alpha_bar_at(step), self.alpha_bar_at(step - 1)
+        return beta * before**0.5 / (1 - here), (1 - before) * (1 - beta) ** 0.5 / (1 - here)
+
+    def log_variances(self, step: int) -> tuple[float, float]:
+        """Log of the smallest and the largest sensible variance of one backward step.
+
+        Smallest: the posterior's, whose first entry is 0 and is replaced by the second. Largest: beta, with the first
+        entry replaced by the second posterior variance. Source: guided-diffusion `gaussian_diffusion.py`.
+        """
+        at = max(step, min(1, len(self) - 1))
+        before, here = self.alpha_bar_at(at - 1), self.alpha_bar_at(at)
+        small = float(self.betas[at]) * (1 - before) / (1 - here)
+        log_small = math.log(small) if small > 0 else self.log_beta(step)  # a schedule of a single step has no other
+        return log_small, self.log_beta(step) if step else log_small
+
+    def log_beta(self, step: int) -> float:
+        """The upper end of a learned variance."""
+        return math.log(float(self.betas[step]))
 
     def noised(self, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, equation 4)."""

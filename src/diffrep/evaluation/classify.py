@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffrep.config import Config, validate
 from diffrep.data.datasets import ImageSet, label_subset
+from diffrep.data.sources import parse
 from diffrep.errors import UserError
 from diffrep.evaluation import probe
 from diffrep.files import read_json
@@ -22,10 +23,20 @@ from diffrep.models.weights import read_weights
 class EvaluateConfig(Config):
     """What is measured after training, on the test split, which nothing else reads."""
 
+    # features: linear probe and neighbours; classifier: top-1, top-5, calibration, agreement with the teacher
+    protocol: Literal["features", "classifier"] = "features"
+    source: str | None = None  # data reference whose test split is read; None = the training data's own
     probe_labels: tuple[int, ...] = ()  # label counts of the linear probe; () = as many as training may read
     knn: int = Field(1, ge=1)  # neighbours
     samples: int = Field(20, ge=0)  # images a diffusion model draws for samples/grid.png
     num_sampling_steps: str = "20"  # of those images: N, a,b,c or ddimN
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse(value)
+        return value
 
     @field_validator("num_sampling_steps", mode="before")
     @classmethod
@@ -64,6 +75,31 @@ def student_scores(
     if getattr(student.backbone, "num_classes", 0) == num_classes:
         scores["top1"] = probe.accuracy(outputs(student, test, device).argmax(1), test.labels)
     return {name: round(score, 3) for name, score in scores.items()} | {"test_images": len(test)}
+
+
+def classifier_scores(
+    student: Student, test: ImageSet, device: torch.device, teacher: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
+    """Percentages: ``top1``, ``top5`` where there are more than five classes, ``ece`` and, with a teacher, how often
+    both give the same answer, ``agreement``."""
+    assert test.labels is not None  # refused before training
+    logits, labels = outputs(student.eval().to(device), test, device), test.labels.cpu()
+    scores = {"top1": probe.accuracy(logits.argmax(1), labels)}
+    if logits.shape[1] > 5:
+        scores["top5"] = 100 * float((logits.topk(5, 1).indices == labels[:, None]).any(1).float().mean())
+    if teacher is not None:
+        scores["agreement"] = probe.accuracy(logits.argmax(1), outputs(teacher, test, device).argmax(1))
+    scores["ece"] = calibration_error(logits, labels)
+    return {name: round(score, 3) for name, score in scores.items()} | {"test_images": len(test)}
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error in % (Guo et al. 2017, equation 3): |accuracy - confidence|, weighted over bins."""
+    confidence, found = logits.softmax(1).max(1)
+    right = (found == labels).float()
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins)
+    gaps = [(right[bin_of == b] - confidence[bin_of == b]).sum().abs() for b in range(1, bins + 1)]
+    return 100 * float(torch.stack(gaps).sum()) / max(len(labels), 1)
 
 
 STATISTICS_IMAGES = 4096  # that standardising looks at, besides the labelled ones

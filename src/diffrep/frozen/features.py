@@ -1,14 +1,12 @@
 """A store of a teacher's features: written once in constant memory, read by memory map, replayed exactly.
 
-One ``.npy`` file per tap with axes (timestep, view, image, C, h, w); ``manifest.json`` is written last, so a folder
-that has one is complete. An interrupted writer continues at the block where it stopped.
+One ``.npy`` file per tap with axes (timestep, view, image, C, h, w); how it is filled: stores.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,13 +18,11 @@ from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.console import Report
-from diffrep.errors import Interrupted, RunError, UserError, nearest
-from diffrep.files import disk_errors, read_json, sha256_of, write_json
+from diffrep.errors import RunError, UserError, nearest
+from diffrep.files import read_json
+from diffrep.frozen import stores
 from diffrep.frozen.diffusion import DiffusionTeacher
-from diffrep.randomness import Rows, stream
-
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
-RESIDENT_BYTES = 1 << 30  # a store up to this size is held on the device
+from diffrep.randomness import PerImage, stream
 
 
 class FeatureConfig(Config):
@@ -71,35 +67,15 @@ def write_features(
         Interrupted: ``stop()`` said so; what is done was noted.
     """
     settings = store_settings(teacher, config, num_images, num_views, source, seed)
-    if (folder / MANIFEST).exists():
-        return _same(read_json(folder / MANIFEST), settings, folder)
     teacher.checked_timestep(torch.tensor(config.timesteps), torch.empty(len(config.timesteps)))
-    shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays, start = _open(folder, settings, shapes)
-        blocks = _blocks(config, num_images, num_views)
-        for number, (step, view, first) in enumerate(blocks):
-            if number < start:
-                continue
-            index = torch.arange(first, min(first + config.block_size, num_images))
-            block = _block(teacher, config, images(view, index), index, config.timesteps[step], view, seed)
-            for tap, values in block.items():
-                arrays[tap][step, view, first : first + len(index)] = values
-            progress(number + 1, len(blocks))
-            stopping = stop() and number + 1 < len(blocks)
-            if number % 256 == 255 or stopping:
-                _note(folder, arrays, settings, number + 1)
-            if stopping:
-                raise Interrupted(
-                    f"stopped at block {number + 1} of {len(blocks)}; the same command goes on from there"
-                )
-        _note(folder, arrays, settings, len(blocks))
-    files = {f"{tap}.npy": sha256_of(folder / f"{tap}.npy") for tap in config.taps}
-    manifest = {**settings, "shapes": {t: list(s) for t, s in shapes.items()}, "sha256": files}
-    write_json(folder / MANIFEST, manifest)
-    (folder / PROGRESS).unlink(missing_ok=True)
-    return manifest
+
+    def make(place: stores.Place) -> dict[str, np.ndarray]:
+        step, view, rows = place
+        index = torch.arange(rows.start, rows.stop)
+        return _block(teacher, config, images(view, index), index, config.timesteps[step], view, seed)
+
+    places = _places(config, num_images, num_views)
+    return stores.fill(folder, settings, _arrays(settings), places, make, progress, stop)
 
 
 def store_settings(
@@ -115,6 +91,7 @@ def store_settings(
         "num_images": num_images,
         "num_views": num_views,
         "seed": seed,
+        "shapes": {tap: list(_kept_shape(teacher, tap, config.pool)) for tap in config.taps},
         **config.model_dump(mode="json"),
     }
 
@@ -125,23 +102,20 @@ def feature_bytes(teacher: DiffusionTeacher, config: FeatureConfig, num_images: 
     return cells * np.dtype(config.dtype).itemsize * num_images * num_views * len(config.timesteps)
 
 
-def write_empty_store(folder: Path, teacher: DiffusionTeacher, config: FeatureConfig, settings: dict[str, Any]) -> None:
-    """A store of zeros with holes for content: right in shape, next to nothing on disk."""
-    folder.mkdir(parents=True)
-    shapes = {tap: _kept_shape(teacher, tap, config.pool) for tap in config.taps}
-    for tap, shape in shapes.items():
-        np.lib.format.open_memmap(folder / f"{tap}.npy", "w+", settings["dtype"], (*_lead(settings), *shape))
-    write_json(folder / MANIFEST, {**settings, "shapes": {t: list(s) for t, s in shapes.items()}})
+def write_empty_store(folder: Path, settings: dict[str, Any]) -> None:
+    """A store of zeros that takes no disk."""
+    stores.write_empty(folder, settings, _arrays(settings))
 
 
-def _lead(settings: dict[str, Any]) -> tuple[int, int, int]:
-    """(T, V, N), the axes every array of a store begins with."""
-    return len(settings["timesteps"]), settings["num_views"], settings["num_images"]
+def _arrays(settings: dict[str, Any]) -> stores.Arrays:
+    lead = (len(settings["timesteps"]), settings["num_views"], settings["num_images"])
+    return {tap: (settings["dtype"], (*lead, *shape)) for tap, shape in settings["shapes"].items()}
 
 
-def _blocks(config: FeatureConfig, num_images: int, num_views: int) -> list[tuple[int, int, int]]:
-    firsts = range(0, num_images, config.block_size)
-    return [(s, v, f) for s in range(len(config.timesteps)) for v in range(num_views) for f in firsts]
+def _places(config: FeatureConfig, num_images: int, num_views: int) -> list[stores.Place]:
+    """(timestep's position, view, images) of every block."""
+    rows = [slice(f, min(f + config.block_size, num_images)) for f in range(0, num_images, config.block_size)]
+    return [(s, v, r) for s in range(len(config.timesteps)) for v in range(num_views) for r in rows]
 
 
 def _block(
@@ -149,7 +123,7 @@ def _block(
 ) -> dict[str, np.ndarray]:
     rng = None
     if config.noise:  # image k's noise is a function of (seed, timestep, view, k), whatever the block
-        rng = _PerImage([stream(seed, "feature noise", timestep, view, k) for k in index.tolist()])
+        rng = PerImage([stream(seed, "feature noise", timestep, view, k) for k in index.tolist()])
     features = teacher.features(images, timestep, config.taps, noise=config.noise, rng=rng)
     kept = {
         t: f if config.pool is None or f.dim() != 4 else F.adaptive_avg_pool2d(f.float(), config.pool)
@@ -167,65 +141,9 @@ def _cast(value: Tensor, dtype: str, what: str) -> np.ndarray:
     return kept
 
 
-class _PerImage(Rows):
-    """Rows that draw from one generator per image."""
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self.generators = generators
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
-
-
 def _kept_shape(teacher: DiffusionTeacher, tap: str, pool: int | None) -> tuple[int, ...]:
     shape = teacher.tap(tap).shape
     return (shape[0], pool, pool) if pool and len(shape) == 3 else shape
-
-
-def _open(
-    folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, np.memmap], int]:
-    """The arrays, with their disk space reserved (a map of a full disk would kill the process), and the first block."""
-    done = 0
-    if (folder / PROGRESS).exists():
-        noted = read_json(folder / PROGRESS)
-        _same(noted["settings"], settings, folder)
-        done = noted["blocks"]
-    mode = "r+" if done else "w+"
-    arrays = {}
-    for tap, shape in shapes.items():
-        path = folder / f"{tap}.npy"
-        if done:
-            _mapped(path)  # opened for writing, numpy would fill what is cut off with zeros
-        arrays[tap] = np.lib.format.open_memmap(
-            path, mode=mode, dtype=settings["dtype"], shape=(*_lead(settings), *shape)
-        )
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return arrays, done
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """One array of a store, read only; a missing or truncated file is named."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete the folder and write it again") from None
-
-
-def _note(folder: Path, arrays: dict[str, np.memmap], settings: dict[str, Any], blocks: int) -> None:
-    for array in arrays.values():
-        array.flush()
-    write_json(folder / PROGRESS, {"settings": settings, "blocks": blocks})
-
-
-def _same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{folder} holds other features ({key}: {found.get(key)!r}, now {value!r}); choose another --out"
-            )
-    return found
 
 
 class FeatureStore:
@@ -233,9 +151,10 @@ class FeatureStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / MANIFEST).exists():
-            raise UserError(f"{folder} is no finished feature folder (no {MANIFEST}): write it with diffrep features")
-        self.manifest = read_json(self.folder / MANIFEST)
+        if not (self.folder / stores.MANIFEST).exists():
+            what = f"is no finished feature folder (no {stores.MANIFEST})"
+            raise UserError(f"{folder} {what}: write it with diffrep features")
+        self.manifest = read_json(self.folder / stores.MANIFEST)
         self.timesteps: list[int] = self.manifest["timesteps"]
         self.teacher, self.licence = self.manifest["teacher"], self.manifest["licence"]
         self._held: dict[tuple[str, torch.device], Tensor] = {}
@@ -255,20 +174,14 @@ class FeatureStore:
 
     def check_source(self, fingerprint: str, augment: str) -> None:
         """Refuse features of other images, or of other views of them."""
-        source = self.manifest["source"]
-        for name, mine, theirs in (
-            ("images", fingerprint, source["fingerprint"]),
-            ("augment", augment, source["augment"]),
-        ):
-            if mine != theirs:
-                raise UserError(f"{self.folder} was written for other {name} ({theirs}, this run has {mine})")
+        stores.check_source(self.folder, self.manifest["source"], fingerprint, augment)
 
     def channels(self, tap: str) -> int:
         return self.manifest["shapes"][tap][0]
 
     def array(self, tap: str) -> np.ndarray:
         """(T, V, N, C, h, w), memory-mapped."""
-        return _mapped(self.folder / f"{tap}.npy")
+        return stores.mapped(self.folder / f"{tap}.npy")
 
     def gather(self, tap: str, timestep: Tensor, view: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
         """(B, C, h, w) float32 for each image's own timestep and view."""
@@ -284,7 +197,7 @@ class FeatureStore:
     def _resident(self, tap: str, device: torch.device) -> Tensor | None:
         if (tap, device) not in self._held:
             array = self.array(tap)
-            if array.nbytes > RESIDENT_BYTES:
+            if array.nbytes > stores.RESIDENT_BYTES:
                 return None
             self._held[tap, device] = torch.from_numpy(np.array(array)).to(device)
         return self._held[tap, device]

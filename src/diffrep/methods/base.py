@@ -6,7 +6,7 @@ A method is a module that turns a batch into named losses. Frozen networks stand
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ class Method(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the names that ``optim.group_lr`` may give a rate of their own."""
         return {"student": [p for p in self.parameters() if p.requires_grad]}
+
+    def watch(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """Be shown held-out images of the training source, untouched; most methods choose nothing by them."""
+
+    def held_out_score(self) -> float | None:
+        """How good the network is on held-out images, asked at every checkpoint: larger is better; None: no opinion."""
+        return None
 
     def after_step(self) -> None:
         """Called once per update, after the optimiser; what is learnt outside gradients is brought up to date here."""

@@ -24,7 +24,7 @@ from diffrep.errors import UserError
 from diffrep.files import folder_aside, write_atomic
 from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.files import PIPELINE
-from diffrep.frozen.generator import DiffusionGenerator, grid_png
+from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig, grid_png
 from diffrep.methods.base import Method, MethodConfig
 from diffrep.randomness import Rows, derived_seed
 
@@ -98,7 +98,8 @@ class Denoiser(Method):
             return
         generator = DiffusionGenerator(load_teacher(str(run_dir / PIPELINE)))
         labels = torch.arange(count) % self.num_classes if self.config.conditional else None
-        images = generator.sample(labels, [derived_seed(seed, "sample", k) for k in range(count)], num_sampling_steps)
+        seeds = [derived_seed(seed, "sample", k) for k in range(count)]
+        images = generator.sample(labels, seeds, SamplingConfig(num_sampling_steps=num_sampling_steps))
         write_atomic(run_dir / "samples" / "grid.png", grid_png(images))
 
     def dry_step(self, images: Tensor) -> None:

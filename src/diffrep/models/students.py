@@ -1,5 +1,5 @@
-"""Students: any timm model, two small networks of ours for 8-pixel digits and ResNet-18 with the stem that CIFAR
-needs, all in timm's own registry.
+"""Students: any timm model, two small networks of ours for 8-pixel digits and the CIFAR networks of models/cifar.py,
+all in timm's own registry.
 
 A student speaks timm's words: ``forward_features`` (the last map), ``forward_head(x, pre_logits=True)`` (the pooled
 vector a classifier would read), ``reset_classifier``. :class:`Student` adds what timm leaves to its caller: it takes
@@ -9,6 +9,7 @@ Letters: B images, C H W as usual, D width of the pooled vector, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from diffrep import _torchvision_compat, taps
 from diffrep.config import Config
 from diffrep.errors import UserError, nearest
+from diffrep.models import cifar
 
 
 class StudentConfig(Config):
     """Which network is trained, and how it sees an image."""
 
-    name: str  # a timm model name, or conv_small, mlp_small, resnet18_cifar of ours
+    name: str  # a timm model name, conv_small, mlp_small, or one of models/cifar.py
     options: dict[str, Any] = {}  # passed to timm.create_model, e.g. {"in_chans": 1}
     tap: str | None = None  # dotted module whose map is distilled; None = the last map
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # subtracted from images in [0, 1], per channel
@@ -140,33 +142,47 @@ class Student(nn.Module):
         return said.endswith("NHWC") or (feature.shape[1] != width and feature.shape[-1] == width)
 
 
-def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """A timm model without pretrained weights.
-
-    Raises:
-        UserError: timm has no such model, or it does not take these options.
-    """
+def check_name(name: str, role: str = "student") -> None:
+    """Refuse what is in timm's registry under no name, ours included; ``role`` says in errors whose it is."""
     _torchvision_compat.install()
     import timm
 
     _register()
     if not timm.is_model(name):
-        raise UserError(f"student '{name}' is no timm model; {nearest(name, timm.list_models())}")
+        raise UserError(f"{role} '{name}' is no timm model; {nearest(name, timm.list_models())}")
+
+
+def create(name: str, num_classes: int, role: str = "student", /, **options: Any) -> nn.Module:
+    """A timm model without pretrained weights.
+
+    Raises:
+        UserError: timm has no such model, or it does not take these options.
+    """
+    check_name(name, role)
+    import timm
+
     try:
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError) as error:
-        raise UserError(f"student '{name}' does not take options {options}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError) as error:
+        raise UserError(f"{role} '{name}' does not take options {options}: {error}") from None
 
 
 class ConvSmall(nn.Module):
-    """Three 3x3 convolutions (32, 64 at half size, 64), each with batch norm; 55,904 parameters for grey images."""
+    """3x3 convolutions with batch norm; where the width grows, the size is halved.
 
-    def __init__(self, num_classes: int = 0, in_chans: int = 3, pool: int = 2) -> None:
+    By default 32, 64 at half size, 64: 55,904 parameters for grey images.
+    """
+
+    def __init__(
+        self, num_classes: int = 0, in_chans: int = 3, pool: int = 2, widths: Sequence[int] = (32, 64, 64)
+    ) -> None:
         super().__init__()
-        self.stem = _conv(in_chans, 32, stride=1)
-        self.layer1 = _conv(32, 64, stride=2)
-        self.layer2 = _conv(64, 64, stride=1)
-        self.pool, self.num_features = pool, 64 * pool * pool
+        self.stem = _conv(in_chans, widths[0], stride=1)
+        pairs = list(zip(widths, widths[1:], strict=False))
+        for number, (before, after) in enumerate(pairs, start=1):
+            self.add_module(f"layer{number}", _conv(before, after, stride=2 if after > before else 1))
+        self.depth = len(pairs)
+        self.pool, self.num_features = pool, widths[-1] * pool * pool
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -177,7 +193,10 @@ class ConvSmall(nn.Module):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.layer2(self.layer1(self.stem(x)))  # (B, 64, H/2, W/2)
+        x = self.stem(x)
+        for number in range(1, self.depth + 1):
+            x = self.get_submodule(f"layer{number}")(x)
+        return x  # (B, C, h, w)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = F.adaptive_avg_pool2d(x, self.pool).flatten(1)
@@ -226,18 +245,19 @@ def _register() -> None:
     def mlp_small(pretrained: bool = False, **options: Any) -> nn.Module:
         return MLPSmall(**_without_timm_extras(options))
 
-    def resnet18_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
-        from timm.models.resnet import resnet18
-
-        network = resnet18(**_without_timm_extras(options))
-        width_in = network.conv1.in_channels
-        network.conv1 = nn.Conv2d(width_in, 64, 3, padding=1, bias=False)  # timm's own is 7x7 with stride 2
-        network.maxpool = nn.Identity()
-        return network
-
-    for entry in (conv_small, mlp_small, resnet18_cifar):
+    for entry in (conv_small, mlp_small):
         entry.__module__ = __name__
         register_model(entry)
+    for name, build in cifar.ENTRIES.items():
+        register_model(_entry(name, build))
+
+
+def _entry(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        return build(**_without_timm_extras(options))
+
+    entry.__name__, entry.__module__ = name, __name__
+    return entry
 
 
 def _without_timm_extras(options: dict[str, Any]) -> dict[str, Any]:

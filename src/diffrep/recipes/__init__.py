@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffrep.recipes import denoiser, finetune, quickstart, repfusion
+from diffrep.recipes import denoiser, dmkd, finetune, quickstart, repfusion
 from diffrep.recipes.base import Recipe, Study
 
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {
-    function.__name__: function for room in (quickstart, denoiser, repfusion, finetune) for function in room.RECIPES
+    function.__name__: function for room in (quickstart, denoiser, repfusion, dmkd, finetune) for function in room.RECIPES
 }

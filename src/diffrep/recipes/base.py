@@ -17,17 +17,21 @@ from diffrep.errors import nearest
 from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.evaluation.sweep import SweepConfig
 from diffrep.files import short_hash
+from diffrep.frozen.answers import AnswerConfig
+from diffrep.frozen.classifier import ClassifierConfig
 from diffrep.frozen.features import FeatureConfig
 from diffrep.methods.denoiser import DenoiserConfig
+from diffrep.methods.dmkd import DMKDConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig
+from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.trainer import TrainConfig
 
 FORMAT = 1  # of recipe files; a file of another format is refused
 NAME = r"^[a-z][a-z0-9_]{0,79}$"
 
-MethodConfig = Annotated[RepFusionConfig | FinetuneConfig | DenoiserConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[RepFusionConfig | FinetuneConfig | DenoiserConfig | DMKDConfig, Field(discriminator="kind")]
 
 
 class Published(Config):
@@ -122,7 +126,25 @@ class SweepTask(Task):
     sweep: SweepConfig
 
 
-Stage = Annotated[Recipe | FeatureTask | SweepTask, Field(discriminator="kind")]
+class SynthesisTask(Task):
+    """Draw a labelled set of images (`diffrep synthesize`)."""
+
+    kind: Literal["synthesis"] = "synthesis"
+    generator: str
+    synthesis: SynthesisConfig
+
+
+class AnswerTask(Task):
+    """Write a classifier's answers to every view of every image, for students to learn from."""
+
+    kind: Literal["answers"] = "answers"
+    teacher: ClassifierConfig
+    data: DataConfig
+    split: Literal["train", "validation", "test"] = "train"
+    answers: AnswerConfig = AnswerConfig()
+
+
+Stage = Annotated[Recipe | FeatureTask | SweepTask | SynthesisTask | AnswerTask, Field(discriminator="kind")]
 
 
 class Study(Listed):
@@ -159,6 +181,7 @@ class Study(Listed):
 
 
 STAGE = "stage:"
+BEFORE_STAGE = ("random:", "synthetic:")  # what may stand before a reference to a stage
 
 
 def references(stage: Task) -> list[str]:
@@ -168,7 +191,7 @@ def references(stage: Task) -> list[str]:
 
 
 def _refers(text: str) -> bool:
-    return text.removeprefix("random:").startswith(STAGE)
+    return text.partition(STAGE)[0] in ("", *BEFORE_STAGE) and STAGE in text
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -183,10 +206,11 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def replace_strings(value: Any, change: dict[str, str]) -> Any:
-    """``value`` (plain JSON) with each ``stage:NAME`` of ``change`` replaced, also behind ``random:``."""
+    """``value`` (plain JSON) with each ``stage:NAME`` of ``change`` replaced, also behind a word of BEFORE_STAGE."""
     if isinstance(value, str):
         head, mark, name = value.rpartition(STAGE)
-        return head + change[mark + name] if mark and mark + name in change and head in ("", "random:") else value
+        known = mark and mark + name in change and head in ("", *BEFORE_STAGE)
+        return head + change[mark + name] if known else value
     if isinstance(value, Mapping):
         return {k: replace_strings(v, change) for k, v in value.items()}
     return [replace_strings(v, change) for v in value] if isinstance(value, list) else value

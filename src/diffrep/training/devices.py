@@ -44,6 +44,12 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     return made
 
 
+def in_shares(rows: range, size: int | None) -> list[range]:
+    """A device's rows in stretches of at most ``size``: its micro-batches."""
+    size = size or len(rows)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def agreed(accelerator: Accelerator, wish: bool) -> bool:
     """Whether any process wishes to stop: each for itself, they would stop at different steps."""
     if accelerator.num_processes == 1:

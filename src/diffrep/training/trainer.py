@@ -20,8 +20,8 @@ from diffrep.data.feed import Feed
 from diffrep.errors import Interrupted, RunError, UserError
 from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded, stream
-from diffrep.training import checkpoint
-from diffrep.training.devices import accelerator, agreed, first_non_finite, gathered, non_finite_weight
+from diffrep.training import best, checkpoint
+from diffrep.training.devices import accelerator, agreed, first_non_finite, gathered, in_shares, non_finite_weight
 from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
 from diffrep.training.run import RunDir
 
@@ -91,8 +91,7 @@ class Trainer:
     def step(self, step: int) -> None:
         """One update: the global batch in micro-batches, then the optimiser."""
         set_rates(self.optimizer, lr_factor(self.optim.lr_schedule, step, self.config.steps))
-        micro = self.config.micro_batch_size or len(self.rows)
-        shares = [self.rows[i : i + micro] for i in range(0, len(self.rows), micro)]
+        shares = in_shares(self.rows, self.config.micro_batch_size)
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(shares):
             batch = self.feed.batch(step, list(rows), self.accelerator.device)
@@ -137,6 +136,7 @@ class Trainer:
             scaler = self.accelerator.scaler
             note = {"cpu_seconds": self.seconds, "scaler": scaler.state_dict() if scaler else None}
             checkpoint.save(self.run.path / "checkpoints", step, self.method, self.optimizer, self.ema, note)
+            best.offer(self.run.path, step, self.method)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:

@@ -1,0 +1,61 @@
+"""Networks on disk: the student that a run of ours kept, and weight files that others wrote."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrep.config import validate
+from diffrep.errors import UserError, nearest
+from diffrep.files import read_json
+from diffrep.models import convert
+from diffrep.models.students import Student, StudentConfig
+from diffrep.models.weights import read_weights
+
+PICKLES = (".pt", ".pth", ".th")
+
+
+def fresh_student(folder: Path) -> Student:
+    """The network that ``folder/config.json`` describes, without its weights.
+
+    Raises:
+        UserError: no such file, or one that diffrep did not write.
+    """
+    card = read_json(folder / "config.json")
+    if not isinstance(card, dict) or "student" not in card:
+        raise UserError(f"{folder / 'config.json'} was not written by diffrep (no 'student' in it)")
+    config = validate(StudentConfig, card["student"], str(folder / "config.json"))
+    return Student(config, card.get("num_classes") or 0)
+
+
+def load_student(weights: Path) -> Student:
+    """The student whose backbone a weights file holds; its ``config.json`` stands beside it.
+
+    Raises:
+        UserError: a damaged file, or weights that do not fit their config.
+    """
+    student = fresh_student(weights.parent)
+    what = f"{weights} does not fit {student.config.name}"
+    student.backbone.load_state_dict(convert.fitted(read_weights(weights), student.backbone.state_dict(), what))
+    return student
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Whatever a safetensors file or a pickle of tensors holds; nothing in it is run.
+
+    Raises:
+        UserError: another kind of file, a damaged one, or a pickle that wants to run code.
+    """
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    if path.suffix not in PICKLES:
+        raise UserError(f"{path} is no weights file; {nearest(path.suffix, ['.safetensors', *PICKLES])}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged pickle raises whatever it likes
+        why = "it is damaged, or a pickle that wants to run code; nothing of it was run"
+        raise UserError(f"{path} cannot be loaded: {why}") from None
