@@ -23,13 +23,14 @@ TABLE = {
     "models": set(),
     "data": set(),
     "frozen": {"models", "diffusion", "data.batch"},
+    "launch": {"methods.synthesis", "frozen.pipelines"},
     "methods": {"methods.base", "frozen", "models", "diffusion", "data.batch", "data.shards"},
     "training": {"training", "methods.base", "data"},
     "evaluation": {"data", "models", "frozen"},
     "recipes": {"methods", "data", "training", "evaluation", "frozen", "models"},
     "report": set(),
 }
-OWN_ROOM = {"diffusion", "models", "data", "frozen", "evaluation", "recipes", "report", "training"}
+OWN_ROOM = {"diffusion", "models", "data", "frozen", "evaluation", "recipes", "report", "training", "launch"}
 HEAVY = {"timm", "diffusers", "transformers"}  # seconds each: imported inside the functions that need them
 NO_TORCH = {"report"}  # and nothing that imports it
 

@@ -124,4 +124,64 @@ def stages() -> dict[str, Stage]:
     return found
 
 
-RECIPES = (dmkd_digits,)
+# Sweeps: two claims of the paper, and what a cheaper sampler costs
+
+CALLS = 22_000  # network calls that each cell of the guidance x steps table may spend on its set
+EQUAL = 1_100  # images of every set where samplers or teachers are compared
+SAMPLERS = {
+    "ddim_5": SamplingConfig(sampler="ddim", num_sampling_steps="5"),
+    "ddim_10": SamplingConfig(sampler="ddim", num_sampling_steps="10"),
+    "ddim_20": CLEAN,
+    "dpmsolver_10": SamplingConfig(sampler="dpmsolver++", num_sampling_steps="10"),
+    "unipc_10": SamplingConfig(sampler="unipc", num_sampling_steps="10"),
+    "heun_5": SamplingConfig(sampler="heun", num_sampling_steps="5"),
+    "ddpm_20": SamplingConfig(sampler="ddpm", num_sampling_steps="20"),
+    "ddpm_100": SamplingConfig(sampler="ddpm", num_sampling_steps="100"),
+}
+SMALL = StudentConfig(name="conv_small", options={"in_chans": 1, "widths": [16, 32, 32], "pool": 1})
+TEACHERS = {"weak": (60, SMALL), "fair": (150, SMALL), "strong": (600, CLASSIFIER)}  # steps, network
+
+
+def dmkd_digits_sweeps() -> Study:
+    """Guidance x steps at equal compute, samplers at equal images, teachers of different strength."""
+    found: dict[str, Stage] = {"generator": denoiser_digits_conditional()}
+    arms = {}
+    for name, (steps, network) in TEACHERS.items():
+        found[f"teacher_{name}"] = classifier(steps, network)
+        arms[f"teacher_{name}"] = f"teacher: {name}, {steps} steps"
+    for scale in (1, 2, 4):
+        for steps in (5, 20, 100):
+            name, calls = f"s{scale}_t{steps}", steps * (1 if scale == 1 else 2)
+            sampling = SamplingConfig(guidance_scale=float(scale), num_sampling_steps=str(steps))
+            found |= _cell(name, sampling, CALLS // calls, "strong")
+            arms[f"{name}_pupil"] = f"student, equal compute: s = {scale}, T = {steps}"
+    for name, sampling in SAMPLERS.items():
+        found |= _cell(name, sampling, EQUAL, "strong")
+        arms[f"{name}_pupil"] = f"student, {EQUAL} images: {sampling.sampler}, {sampling.num_sampling_steps} steps"
+    for name in ("weak", "fair"):
+        found[f"by_{name}_answers"] = answers("synthetic:stage:ddim_20_set", f"stage:teacher_{name}")
+        found[f"by_{name}_pupil"] = pupil(
+            "synthetic:stage:ddim_20_set", f"stage:by_{name}_answers", f"stage:teacher_{name}"
+        )
+        arms[f"by_{name}_pupil"] = f"student, {EQUAL} images: ddim, 20 steps, {name} teacher"
+    return Study(
+        name="dmkd_digits_sweeps",
+        about="Which guidance, how many steps, which sampler, which teacher: sets of digits drawn in every way.",
+        stages=found,
+        arms=arms,
+        headline="top1",
+        seeds=(0, 1, 2, 3, 4),
+    )
+
+
+def _cell(name: str, sampling: SamplingConfig, images: int, teacher: str) -> dict[str, Stage]:
+    """A set, what the teacher says of it, and the student that learns from that."""
+    source, by = f"synthetic:stage:{name}_set", f"stage:teacher_{teacher}"
+    return {
+        f"{name}_set": drawn("stage:generator", sampling, images),
+        f"{name}_answers": answers(source, by),
+        f"{name}_pupil": pupil(source, f"stage:{name}_answers", by),
+    }
+
+
+RECIPES = (dmkd_digits, dmkd_digits_sweeps)
