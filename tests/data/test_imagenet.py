@@ -200,6 +200,7 @@ def break_list(text):
         (lambda r: f"imagenet:{r}/nowhere", "does not exist"),
         (lambda r: f"imagenet:{write_files(r / 'x', {'a.txt': b''})}", "holds none of train/, ILSVRC2012_img_train"),
         (lambda r: f"imagenet:{r}@{r}/nowhere.txt", "nowhere.txt does not exist"),
+        (lambda r: f"imagenet:{r}@", "is not a readable list"),
         (break_list(b"n01440764\nn00000001\n"), "'n00000001' is none of the 1,000 WordNet ids"),
         (break_list(b"n01440764\nn01440764\n"), "n01440764 stands there more than once"),
         (break_list(b"\n"), "the list is empty"),

@@ -46,6 +46,11 @@ def test_the_flat_folder_is_ordered_by_number_and_a_tenth_of_each_class_is_held_
         load_data(DataConfig(source=f"dmkd:{released}"), "test")
 
 
+def test_no_file_is_lost_where_two_have_the_same_numbers(released):
+    (released / "class_2_seed_9_num_0.png").rename(released / "class_02_seed_9_num_1.png")
+    assert sum(map(len, read_source(f"dmkd:{released}").parts.values())) == 40
+
+
 def test_a_list_of_paths_is_the_same_set_as_its_folder(released):
     train = read_source(f"dmkd:{released}").parts
     order = [*train["train"].names[:18], *train["validation"].names[:2]]

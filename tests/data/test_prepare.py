@@ -78,6 +78,20 @@ def test_an_official_archive_is_checked_and_unpacked(tmp_path, official, monkeyp
     assert any("train 90, validation 10, test 20" in line for line in report.lines())
 
 
+def test_the_official_binary_archive_will_do_as_well(tmp_path, official, monkeypatch):
+    members = {}
+    for name in BATCHES:
+        batch = pickle.loads(official[name])
+        records = np.concatenate([np.array(batch["labels"], np.uint8)[:, None], batch["data"]], 1)
+        members[f"cifar-10-batches-bin/{name}.bin"] = records.tobytes()
+    members["cifar-10-batches-bin/batches.meta.txt"] = "\n".join(f"class {k}" for k in range(10)).encode()
+    archive = write_archive(tmp_path / "cifar-10-binary.tar.gz", members)
+    monkeypatch.setitem(prepare_module._OFFICIAL_ARCHIVES, "cifar10", (md5(archive.read_bytes()), ""))
+    report = prepare("cifar10", archive, tmp_path / "out")
+    assert report.fingerprints == check("cifar10", write_folder(tmp_path / "python", official)).fingerprints
+    assert report.is_complete and report.classes[3] == "class 3"
+
+
 def test_a_foreign_archive_is_refused_before_it_is_opened(tmp_path, official):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz", in_folder(official))
     for verb in (lambda: check("cifar10", archive), lambda: prepare("cifar10", archive, tmp_path / "out")):

@@ -241,7 +241,7 @@ def test_unlabelled_images_teach_and_a_real_test_set_judges(teacher, tmp_path):
     scores = found["scores"]
     assert scores["test_images"] == 539 and {"top1", "top5", "agreement", "ece", "best_top1"} <= scores.keys()
     assert found["labels_seen"] == {} and (tmp_path / "run" / "best" / "weights.safetensors").exists()
-    lines = [m for m in RunDir(tmp_path / "run").metrics()]
+    lines = RunDir(tmp_path / "run").metrics()
     assert {"kd_loss", "agreement"} <= lines[-1].keys()
 
 

@@ -100,5 +100,5 @@ def _positions(start: Tensor, size: Tensor, count: int) -> Tensor:
 
 
 def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Computed pixels back in the images' dtype, rounded where that holds whole numbers."""
-    return values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)
+    """Freshly computed pixels back in the images' dtype, rounded where that holds whole numbers."""
+    return values.to(dtype) if dtype.is_floating_point else values.round_().to(dtype)

@@ -49,14 +49,19 @@ class Feed:
 
     def gather(self, index: Tensor, view: Tensor, device: torch.device) -> Batch:
         """These images in these views, (B, 3, H, W) float32 in [0, 1]."""
-        shown = view.to(device)
-        pixels = self.augmentation.apply(self.images.gather(index).to(device), shown)
+        partners = self.augmentation.partners(index, view, len(self.images))
+        others = None if partners is None else self.images.gather(partners).to(device)
+        shown = view if self.augmentation.needs_index else view.to(device)  # hashed numbers are made on the CPU
+        pixels = self.augmentation.apply(self.images.gather(index).to(device), shown, index, others)
+        return self._batch(pixels, index, view, device)
+
+    def _batch(self, pixels: Tensor, index: Tensor, view: Tensor, device: torch.device) -> Batch:
         labels = self.images.labels
         return Batch(
             images=pixels.to(torch.float32) / 255,
             labels=None if labels is None else labels[index.to(labels.device)].to(device),
             index=index.to(device),
-            view=shown,
+            view=view.to(device),
         )
 
     def sweep(self, block_size: int, device: torch.device, limit: int | None = None) -> list[Batch]:
@@ -64,4 +69,4 @@ class Feed:
         total = min(len(self.images), limit or len(self.images))
         starts = range(0, total, block_size)
         positions = [torch.arange(s, min(s + block_size, total)) for s in starts]
-        return [self.gather(p, torch.zeros_like(p), device) for p in positions]
+        return [self._batch(self.images.gather(p).to(device), p, torch.zeros_like(p), device) for p in positions]

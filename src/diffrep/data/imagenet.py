@@ -29,10 +29,10 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 Member = tuple[str, int, int]  # name, offset and bytes of a file inside a tar
 
 
-def split_location(location: str) -> tuple[str, str]:
-    """``FOLDER`` or ``FOLDER@LIST`` -> the two sides (LIST "" if there is none); a folder may have an @ in its name."""
+def _split_location(location: str) -> tuple[str, str | None]:
+    """``FOLDER`` or ``FOLDER@LIST`` -> the two sides (None = no list); a folder may have an @ in its name."""
     if "@" not in location or Path(location).expanduser().is_dir():
-        return location, ""
+        return location, None
     folder, _, classes = location.rpartition("@")
     return folder, classes
 
@@ -44,15 +44,15 @@ def read_imagenet(location: str) -> Read:
         UserError: no part is there, a folder of no such class, missing labels, a listed class without images.
     """
     origin = f"imagenet:{location}"
-    folder, classes = split_location(location)
+    folder, classes = _split_location(location)
     base = existing(folder)
-    ids = read_classes(existing(classes)) if classes else official_ids()
+    ids = official_ids() if classes is None else read_classes(existing(classes))
     number = {wordnet_id: k for k, wordnet_id in enumerate(ids)}
     found = {"train": _train(origin, base, number), "test": _val(origin, base, number)}
     parts = {name: part for name, part in found.items() if part is not None}
     if not parts:
         raise UserError(f"{origin}: holds none of train/, {TRAIN_TAR}, val/, {VAL_TAR}")
-    for name, part in parts.items() if classes else ():
+    for name, part in parts.items() if classes is not None else ():
         if absent := classes_without_image(part, ids):
             raise UserError(f"{origin}: {name} has no image of {len(absent)} listed classes, first {absent[0]}")
     return ids, parts

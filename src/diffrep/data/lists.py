@@ -58,12 +58,12 @@ def read_dmkd(location: str) -> Read:
         names = [f.name for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
         if not names:
             raise UserError(f"{origin}: holds no images; they lie directly in the folder, or name a list (.txt)")
-        keys = dict(sorted((_numbers(n), n) for n in _all_named(names, origin)))
-        return (), _parts(origin, path, list(keys.values()), [label for label, _, _ in keys])
+        ordered = sorted((_numbers(name), name) for name in _all_named(names, origin))
+        return (), _parts(origin, path, [name for _, name in ordered], [label for (label, _, _), _ in ordered])
     lines = labelled_lines(path)
     names = [name for name, _ in lines]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"{origin}: {len(names) - len(set(names))} images are listed more than once, first {twice}")
     _all_named([name for name, label in lines if label is None], origin)
     labels = [_numbers(name)[0] if label is None else _label(name, label, origin) for name, label in lines]

@@ -50,7 +50,8 @@ class Mixing:
             return torch.where(is_other[:, None], others, images)
         share = self.share(index, view).float().to(images.device)[:, None, None, None]
         # Two products and a sum, each rounded: a fused form rounds otherwise at the end of a batch than inside it.
-        return as_stored(images.float() * share + others.float() * (1 - share), images.dtype)
+        mine, theirs = (part.to(torch.float32, copy=True) for part in (images, others))
+        return as_stored(mine.mul_(share).add_(theirs.mul_(1 - share)), images.dtype)
 
     def box(self, index: Tensor, view: Tensor, height: int, width: int) -> Tensor:
         """Where cutmix shows the other image, (B, H, W) bool: area 1 - lambda, its centre anywhere, cut at the edge."""

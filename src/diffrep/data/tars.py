@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 import torch
 
 from diffrep.data.containers import by_part
-from diffrep.data.images import Part
+from diffrep.data.images import Part, read_at
 from diffrep.errors import UserError
 
 _SHARD_IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -88,10 +88,4 @@ def _members(place: str) -> Iterable[tuple[str, Callable[[], bytes]]]:
             # bytes(content) is content itself: nothing is copied
             return [(m.name, partial(bytes, tar.extractfile(m).read())) for m in tar if m.isreg()]  # type: ignore
     with tarfile.open(place, "r:") as tar:  # uncompressed: members can be read in place
-        return [(m.name, partial(_read_at, place, m.offset_data, m.size)) for m in tar if m.isreg()]
-
-
-def _read_at(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        return [(m.name, partial(read_at, place, m.offset_data, m.size)) for m in tar if m.isreg()]

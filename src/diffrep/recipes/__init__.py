@@ -7,6 +7,5 @@ from collections.abc import Callable
 from diffrep.recipes import denoiser, dmkd, finetune, quickstart, repfusion
 from diffrep.recipes.base import Recipe, Study
 
-RECIPES: dict[str, Callable[[], Recipe | Study]] = {
-    function.__name__: function for room in (quickstart, denoiser, repfusion, dmkd, finetune) for function in room.RECIPES
-}
+ROOMS = (quickstart, denoiser, repfusion, dmkd, finetune)
+RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}
