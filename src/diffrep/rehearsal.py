@@ -6,21 +6,25 @@ disk. It lives in a temporary folder and goes with it.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffrep.assemble import assemble, estimate, peak_memory
 from diffrep.data.datasets import load_data
 from diffrep.data.transforms import augmentation
 from diffrep.files import write_json
+from diffrep.frozen import answers, stores
+from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
-from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash
+from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, Study, SweepTask, recipe_hash
 from diffrep.studies import instances
 
 
@@ -42,6 +46,8 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
         return found
     if isinstance(task, FeatureTask):
         return _features(task, stand_in, allow_code)
+    if isinstance(task, AnswerTask):
+        return _answers(task, stand_in, allow_code)
     assert isinstance(task, SweepTask)
     teacher = load_teacher(task.teacher, allow_code)
     images = sum(len(load_data(task.data, split)) for split in ("train", task.sweep.split))
@@ -59,19 +65,38 @@ def _features(task: FeatureTask, stand_in: Path, allow_code: bool) -> dict[str, 
     return found | {"disk_bytes": feature_bytes(teacher, task.features, len(images), views)}
 
 
+def _answers(task: AnswerTask, stand_in: Path, allow_code: bool) -> dict[str, Any]:
+    teacher, images = load_classifier(task.teacher, allow_code=allow_code), load_data(task.data, task.split)
+    views = augmentation(task.data.augment).num_views
+    source = {"fingerprint": images.fingerprint, "augment": task.data.augment}
+    settings = answers.store_settings(teacher, task.answers, len(images), views, source)
+    arrays = answers.arrays(settings)
+    stores.write_empty(stand_in, settings, arrays)
+    block = torch.zeros(task.answers.block_size, 3, *images.image_size)
+    passes, each = len(images) * views, teacher.multiply_adds(images.image_size[0])
+    found = _timed(lambda: teacher.logits(block), len(block), passes, each, teacher.licence)
+    return found | {"disk_bytes": sum(math.prod(shape) * np.dtype(kind).itemsize for kind, shape in arrays.values())}
+
+
 def _passes(teacher: DiffusionTeacher, taps: Sequence[str], passes: int, block_size: int) -> dict[str, Any]:
     """Cost of ``passes`` images through the teacher, from one timed block."""
     images = torch.zeros(block_size, 3, teacher.image_size, teacher.image_size)
+    each = max(teacher.multiply_adds(tap) for tap in taps)
+    return _timed(lambda: teacher.features(images, 0, taps), block_size, passes, each, teacher.licence)
+
+
+def _timed(run: Callable[[], Any], block: int, passes: int, each: int, licence: str) -> dict[str, Any]:
+    """Cost of ``passes`` images at ``each`` multiply-adds, where ``run`` does ``block`` of them."""
     times = []
     for _ in range(2):
         began = time.process_time()
-        teacher.features(images, 0, taps)
+        run()
         times.append(time.process_time() - began)
     return {
         "images": passes,
-        "multiply_adds": passes * max(teacher.multiply_adds(tap) for tap in taps),
-        "seconds": min(times) * passes / block_size,
+        "multiply_adds": passes * each,
+        "seconds": min(times) * passes / block,
         "memory_bytes": peak_memory(),
         "disk_bytes": 0,
-        "licences": {"weights": teacher.licence},
+        "licences": {"weights": licence},
     }

@@ -153,7 +153,8 @@ def test_an_interrupted_store_with_other_settings_or_a_damaged_array_is_refused(
     with pytest.raises(CutError):
         write(tmp_path, teacher, settings(**LONG), until(300, []), num=100)
     other = settings(**LONG | {"pool": 2})
-    assert "was written with other settings (pool: 1, now 2)" in refused(lambda: write(tmp_path, teacher, other, num=100))
+    told = refused(lambda: write(tmp_path, teacher, other, num=100))
+    assert "was written with other settings (pool: 1, now 2)" in told
     array = tmp_path / "mid.npy"
     cut = array.read_bytes()[:-100]
     array.write_bytes(cut)

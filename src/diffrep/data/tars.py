@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -88,4 +88,4 @@ def _members(place: str) -> Iterable[tuple[str, Callable[[], bytes]]]:
             # bytes(content) is content itself: nothing is copied
             return [(m.name, partial(bytes, tar.extractfile(m).read())) for m in tar if m.isreg()]  # type: ignore
     with tarfile.open(place, "r:") as tar:  # uncompressed: members can be read in place
-        return [(m.name, partial(read_at, place, m.offset_data, m.size)) for m in tar if m.isreg()]
+        return [(m.name, partial(read_at, Path(place), m.offset_data, m.size)) for m in tar if m.isreg()]

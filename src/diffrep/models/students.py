@@ -10,6 +10,7 @@ Letters: B images, C H W as usual, D width of the pooled vector, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class ConvSmall(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = _conv(in_chans, widths[0], stride=1)
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         for number, (before, after) in enumerate(pairs, start=1):
             self.add_module(f"layer{number}", _conv(before, after, stride=2 if after > before else 1))
         self.depth = len(pairs)
