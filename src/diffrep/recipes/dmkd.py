@@ -29,22 +29,25 @@ DRAWN = 2200  # images; a tenth is held out
 CLEAN = SamplingConfig(sampler="ddim", num_sampling_steps="20")  # guidance 1: the most varied set taught best
 
 
+ARMS = {
+    "classifier": "teacher: real images, labels",
+    "real_pupil": "student: real images + KD",
+    "real_labels": "student: real images, labels",
+    "set_pupil": "student: drawn images + KD",
+    "set_labels": "student: drawn images, labels",
+    "photographs_pupil": "student: unrelated photographs + KD",
+    "one_image_pupil": "student: one photograph + KD",
+    "noise_pupil": "student: noise + KD",
+}
+
+
 def dmkd_digits() -> Study:
     """About three CPU-minutes: generator, classifier, set, student, and what else could have taught it."""
     return Study(
         name="dmkd_digits",
         about="A student of digits that never saw a real image, beside students of everything it could have seen.",
         stages=stages(),
-        arms={
-            "classifier": "teacher: real labels",
-            "real_pupil": "student: real images + KD",
-            "real_labels": "student: real images, labels",
-            "set_pupil": "student: drawn images + KD",
-            "set_labels": "student: drawn images, labels",
-            "photographs_pupil": "student: unrelated photographs + KD",
-            "one_image_pupil": "student: one photograph + KD",
-            "noise_pupil": "student: noise + KD",
-        },
+        arms=ARMS,
         headline="top1",
     )
 

@@ -1,4 +1,5 @@
-"""The first road as one study: a diffusion model of digits teaches two small networks, with every control beside it.
+"""Two roads as one study: a diffusion model of digits teaches two small networks what it sees, and another draws the
+set on which a classifier teaches a third; with every control beside them.
 
 docs/results/quickstart.md has the measured table. How the hint is standardised and which share of a policy's batch is
 labelled were chosen on the validation images; the test images were read for the table alone.
@@ -12,9 +13,11 @@ from diffrep.data.datasets import DataConfig
 from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.evaluation.sweep import SweepConfig
 from diffrep.frozen.features import FeatureConfig
+from diffrep.frozen.generator import SamplingConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.models.students import StudentConfig
+from diffrep.recipes import dmkd
 from diffrep.recipes.base import FeatureTask, Ours, Recipe, Study, SweepTask
 from diffrep.recipes.denoiser import denoiser_digits
 from diffrep.recipes.repfusion import CONV, DIGITS_TIMESTEPS, GREY_HINT, MLP
@@ -27,11 +30,17 @@ SHIFTED = DataConfig(source="digits", augment="shift:1")
 Standardise = Literal["joint", "per_timestep"]
 
 
+# Of the second road all but the costlier controls (diffrep run dmkd_digits has them).
+SECOND_ROAD = {
+    name: stage for name, stage in dmkd.stages().items() if not name.startswith(("photo", "one_image", "set_l"))
+}
+
+
 def quickstart() -> Study:
-    """About three CPU-minutes: train the teacher, sweep it, distil, fine-tune, compare."""
+    """About six CPU-minutes: train the teacher, sweep it, distil, fine-tune; draw a set, learn from it; compare."""
     return Study(
         name="quickstart",
-        about="A diffusion model of 8x8 digits teaches a small CNN and an MLP: every step and every control.",
+        about="Diffusion models of 8x8 digits as teachers, of features and of data: every step and every control.",
         stages={
             "teacher": denoiser_digits(),
             "sweep": _sweep(),
@@ -39,6 +48,7 @@ def quickstart() -> Study:
             "random_hints": _hints("random:stage:teacher", (BEST,)),
             **_students("conv", CONV, steps=800),
             **_students("mlp", MLP, steps=800),
+            **SECOND_ROAD,
         },
         arms={
             "conv_untrained": "CNN: untrained",
@@ -61,6 +71,7 @@ def quickstart() -> Study:
             "mlp_scratch": "MLP: from scratch, labels only",
             "mlp_finetune": "MLP: policy, then fine-tuned",
             "mlp_finetune_best": f"MLP: best t = {BEST}, then fine-tuned",
+            **{name: words for name, words in dmkd.ARMS.items() if name in SECOND_ROAD},
         },
         headline=f"linear_probe_{LABELS}",
         ours=Ours(
@@ -96,6 +107,9 @@ def _short(stage: Any) -> Any:
     if stage.kind == "recipe":
         steps = min(2, stage.train.steps)
         return stage.model_copy(update={"train": stage.train.model_copy(update={"steps": steps, "log_every": 1})})
+    if stage.kind == "synthesis":
+        few = stage.synthesis.model_copy(update={"images": 20, "sampling": SamplingConfig(num_sampling_steps="2")})
+        return stage.model_copy(update={"synthesis": few})
     if stage.kind == "probe":
         return stage.model_copy(update={"sweep": stage.sweep.model_copy(update={"timesteps": (BEST,), "draws": 1})})
     return stage
