@@ -18,6 +18,20 @@ from safetensors import SafetensorError
 
 from diffrep.errors import RunError, UserError
 
+ROOT_VARIABLE = "DIFFREP_DATA"
+
+
+def located(place: str | Path) -> Path:
+    """A relative path that is not here is looked for below $DIFFREP_DATA.
+
+    Shipped recipes say ``data/cifar10`` or ``weights/...``; where that is on a machine must not change their hash.
+    """
+    path = Path(place).expanduser()
+    root = os.environ.get(ROOT_VARIABLE)
+    if root and not path.is_absolute() and not path.exists() and (Path(root) / path).exists():
+        return Path(root) / path
+    return path
+
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:

@@ -21,6 +21,7 @@ import torch
 from diffrep import _torchvision_compat
 from diffrep.data.images import Part, Read, UnreadableError
 from diffrep.errors import UserError
+from diffrep.files import located
 
 PART_WORDS = {
     "train": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
@@ -37,7 +38,7 @@ def existing(location: str) -> Path:
     Raises:
         UserError: nothing is there.
     """
-    path = Path(location).expanduser()
+    path = located(location)
     if not path.exists():
         raise UserError(f"{location} does not exist; give a folder or file on this machine")
     return path

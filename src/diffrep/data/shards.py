@@ -22,7 +22,7 @@ import numpy as np
 from diffrep.data.images import Part
 from diffrep.data.tars import shard_part
 from diffrep.errors import UserError
-from diffrep.files import read_json, sha256_of, short_hash, write_atomic, write_json
+from diffrep.files import located, read_json, sha256_of, short_hash, write_atomic, write_json
 
 MANIFEST, NOTES = "manifest.json", ".shards"
 FORMAT = 1  # of manifests
@@ -131,7 +131,7 @@ def read_manifest(location: str | Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: no manifest, another format, or one that does not belong to its own shards.
     """
-    path = Path(location).expanduser()
+    path = located(location)
     path = path / MANIFEST if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{location} is no finished synthetic set (no {MANIFEST}): run diffrep synthesize to its end")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffrep import _torchvision_compat
 from diffrep.errors import UserError, nearest
-from diffrep.files import read_json
+from diffrep.files import located, read_json
 from diffrep.models import convert, stored, students
 
 
@@ -53,7 +53,7 @@ def built(architecture: str, options: dict[str, Any], num_classes: int) -> nn.Mo
 
 def find(reference: str) -> Path:
     """A run folder or a weights file; the weights of a run stand for their folder."""
-    path = Path(reference).expanduser()
+    path = located(reference)
     if not path.exists():
         forms = "a run folder, a weights file, timm:NAME, torchvision:NAME or python:MODULE:FACTORY"
         raise UserError(f"teacher '{reference}' does not exist here; a classifier is {forms}")

@@ -18,7 +18,7 @@ from torch import nn
 
 from diffrep import _torchvision_compat, assets
 from diffrep.errors import UserError, nearest
-from diffrep.files import read_json
+from diffrep.files import located, read_json
 
 PIPELINE = "pipeline"  # the diffusers folder inside a run folder of methods/denoiser.py
 
@@ -29,7 +29,7 @@ def load_unet(reference: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]
     Raises:
         UserError: see the page's first lines.
     """
-    folder = Path(reference).expanduser()
+    folder = located(reference)
     if folder.is_file():
         raise UserError(f"{reference} is a file; a teacher is a diffusers folder, a Hub id or a run folder")
     if folder.is_dir():

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffrep import _torchvision_compat, assets, counting
 from diffrep.diffusion.sampling import LIBRARY
 from diffrep.errors import UserError
-from diffrep.files import read_json
+from diffrep.files import located, read_json
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher, schedule_from_diffusers
 from diffrep.frozen.generator import DiffusionGenerator, Judge, SamplingConfig
@@ -178,10 +178,10 @@ def load_generator(
 
 def _pipeline_kind(reference: str) -> str | None:
     """The class that ``model_index.json`` names; None where there is no such file."""
-    index = Path(reference).expanduser() / "model_index.json"
+    index = located(reference) / "model_index.json"
     if index.exists():
         return read_json(index).get("_class_name")
-    if Path(reference).exists() or not assets.looks_like_hub_id(reference) or assets.find(reference):
+    if located(reference).exists() or not assets.looks_like_hub_id(reference) or assets.find(reference):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -197,7 +197,7 @@ def _loaded(reference: str, kind: str) -> Any:
     import diffusers
 
     try:
-        return getattr(diffusers, kind).from_pretrained(reference, use_safetensors=True, safety_checker=None)
+        return getattr(diffusers, kind).from_pretrained(located(reference), use_safetensors=True, safety_checker=None)
     except ImportError as error:
         raise UserError(f"{reference}: {str(error).strip().splitlines()[0]}; pip install transformers") from None
     except (OSError, ValueError, RuntimeError, TypeError) as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffrep.recipes import denoiser, dmkd, finetune, quickstart, repfusion
+from diffrep.recipes import denoiser, dmkd, dmkd_cifar10, finetune, quickstart, repfusion
 from diffrep.recipes.base import Recipe, Study
 
-ROOMS = (quickstart, denoiser, repfusion, dmkd, finetune)
+ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, finetune)
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}
