@@ -140,6 +140,7 @@ SAMPLERS = {
     "heun_5": SamplingConfig(sampler="heun", num_sampling_steps="5"),
     "ddpm_20": SamplingConfig(sampler="ddpm", num_sampling_steps="20"),
     "ddpm_100": SamplingConfig(sampler="ddpm", num_sampling_steps="100"),
+    "paper": SamplingConfig(sampler="ddpm", num_sampling_steps="100", guidance_scale=2.0),  # its low fidelity
 }
 SMALL = StudentConfig(name="conv_small", options={"in_chans": 1, "widths": [16, 32, 32], "pool": 1})
 TEACHERS = {"weak": (60, SMALL), "fair": (150, SMALL), "strong": (600, CLASSIFIER)}  # steps, network
@@ -160,7 +161,8 @@ def dmkd_digits_sweeps() -> Study:
             arms[f"{name}_pupil"] = f"student, equal compute: s = {scale}, T = {steps}"
     for name, sampling in SAMPLERS.items():
         found |= _cell(name, sampling, EQUAL, "strong")
-        arms[f"{name}_pupil"] = f"student, {EQUAL} images: {sampling.sampler}, {sampling.num_sampling_steps} steps"
+        how = f"{sampling.sampler}, {sampling.num_sampling_steps} steps"
+        arms[f"{name}_pupil"] = f"student, {EQUAL} images: {how}{', s = 2' if sampling.is_guided else ''}"
     for name in ("weak", "fair"):
         found[f"by_{name}_answers"] = answers("synthetic:stage:ddim_20_set", f"stage:teacher_{name}")
         found[f"by_{name}_pupil"] = pupil(
