@@ -85,7 +85,8 @@ def run_study(
         for instance, result in _run_all(wanted, out, jobs, allow_code, say):
             results[instance.key] = result
             if record and instance.name in study.arms:
-                write_json(_record_file(record, study, instance), _evidence(study, instance, result))
+                shared = {key: results[key] for key in _below(instance, everything) if key in results}
+                write_json(_record_file(record, study, instance), _evidence(study, instance, result, shared))
         summary = _summary(study, everything, results) | {"recorded": recorded}
         run.finish(summary)
     return summary
@@ -231,10 +232,12 @@ def _record_file(record: Path, study: Study, instance: Instance) -> Path:
 
 
 def _recorded(record: Path | None, study: Study, instance: Instance) -> dict[str, Any] | None:
-    if record is None or instance.name not in study.arms or not _record_file(record, study, instance).exists():
+    """An arm's evidence, whichever study wrote it: the hash covers all that it builds on."""
+    if record is None or instance.name not in study.arms:
         return None
-    found = read_json(_record_file(record, study, instance))
-    return found if found.get("hash") == instance.hash else None
+    files = [_record_file(record, study, instance), *sorted(record.glob(f"*-{instance.name}-s{instance.seed}.json"))]
+    found = (read_json(file) for file in files if file.exists())
+    return next((arm for arm in found if arm.get("hash") == instance.hash), None)
 
 
 KEPT = (
@@ -252,9 +255,23 @@ KEPT = (
 )
 
 
-def _evidence(study: Study, instance: Instance, result: dict[str, Any]) -> dict[str, Any]:
-    """The few facts of an arm that are committed: what, which seed, scores, cost."""
-    return {"study": study.name, "stage": instance.name} | {k: result[k] for k in KEPT if k in result}
+def _below(instance: Instance, everything: list[Instance]) -> list[str]:
+    """The keys of all that ``instance`` builds on."""
+    by_key, found, open_ = {i.key: i for i in everything}, set[str](), list(instance.needs)
+    while open_:
+        if (key := open_.pop()) not in found:
+            found.add(key)
+            open_ += by_key[key].needs
+    return sorted(found)
+
+
+def _evidence(
+    study: Study, instance: Instance, result: dict[str, Any], shared: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The few facts of an arm that are committed: what, which seed, scores, cost, and the cost of what it builds on."""
+    seconds = {key.rpartition("-s")[0]: found.get("cpu_seconds", 0) for key, found in shared.items()}
+    kept = {k: result[k] for k in KEPT if k in result}
+    return {"study": study.name, "stage": instance.name, **kept, "built_on_cpu_seconds": seconds}
 
 
 def _summary(study: Study, everything: list[Instance], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
