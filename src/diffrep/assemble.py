@@ -237,6 +237,7 @@ def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
         "recipe_hash": recipe_hash(recipe),
         "seed": recipe.seed,
         "licence": parts.method.licence,
+        "notes": list(parts.method.notes),
         "data": {"source": recipe.data.source, "licence": parts.train.licence, "fingerprint": parts.train.fingerprint,
                  "train_images": len(parts.train), "test_images": len(parts.test), "skipped": parts.train.skipped,
                  "skipped_names": list(parts.train.skipped_names[:20])},

@@ -77,6 +77,7 @@ def result(found: dict[str, Any]) -> str:
         lines.append(scores(found["scores"]))
     behind = ", ".join(f"{part}: {count}" for part, count in found.get("labels_behind", {}).items())
     lines += [f"labels that it builds on: {behind}"] if behind else []
+    lines += [f"note: {note}" for note in found.get("notes", ())]
     return "\n".join([*lines, f"licence: {found['licence']}", f"run folder: {found['run_dir']}"])
 
 

@@ -145,7 +145,8 @@ def test_each_setting_of_the_loss_changes_it(one, other):
 
 
 def test_other_classes_than_the_teachers_are_harmless_until_someone_reads_labels(teacher):
-    assert built(teacher, classes=0).student.backbone.num_classes == 10
+    assert built(teacher, classes=0).student.backbone.num_classes == 10 and not built(teacher, classes=0).notes
+    assert "knows 10 classes, the images have 3" in built(teacher, classes=3).notes[0]
     for loss in (KdLossConfig(label_weight=1), KdLossConfig(name="dkd")):
         with pytest.raises(UserError, match=r"knows 10 classes, the images have 3: set method\.loss\.label_weight=0"):
             built(teacher, classes=3, loss=loss)

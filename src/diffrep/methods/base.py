@@ -35,6 +35,7 @@ class Method(nn.Module):
     licence: str = "Apache-2.0 (weights trained here)"  # of what ``export`` writes; a teacher's licence is added
 
     labels_behind: dict[str, int] = {}  # labels that what it starts from has seen, by part
+    notes: tuple[str, ...] = ()  # what a user should know of this run, in sentences
     uses_all_parameters: bool = True  # False: some parameters get no gradient in some steps
 
     def prepare(self, batches: Iterable[Batch]) -> None:

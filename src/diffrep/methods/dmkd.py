@@ -99,10 +99,13 @@ class DMKD(Method):
         return {"loss": loss, **parts}
 
     def _check_classes(self, num_classes: int) -> None:
-        """Other classes than the teacher's do no harm as long as nobody reads the labels."""
-        if num_classes != self.teacher.num_classes and self.config.label_readers():
-            told = f"{self.teacher.name} knows {self.teacher.num_classes} classes, the images have {num_classes}"
+        """Other classes than the teacher's do no harm as long as nobody reads the labels; it is said all the same."""
+        if num_classes == self.teacher.num_classes or not num_classes:
+            return
+        told = f"{self.teacher.name} knows {self.teacher.num_classes} classes, the images have {num_classes}"
+        if self.config.label_readers():
             raise UserError(f"{told}: set method.loss.label_weight=0 and loss.name=kl, which read no label")
+        self.notes = (f"{told}; the student learns the teacher's, and no label of the images is read",)
 
     def watch(self, batches: Callable[[], Iterable[Batch]]) -> None:
         self._held_out = batches

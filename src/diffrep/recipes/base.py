@@ -95,6 +95,11 @@ class Recipe(Listed):
         if few:
             seen = f"training reads {labels} labels (data.labels)"
             raise ValueError(f"{seen}, so a probe with {few[0]} (evaluate.probe_labels) would not be a few-label score")
+        if readers and any(word in self.data.augment for word in ("mixup", "cutmix")):
+            raise ValueError(
+                f"data.augment '{self.data.augment}' mixes images, so they have no label of their own: only a method "
+                "that reads none (dmkd with loss.label_weight 0) can learn from them"
+            )
         share = self.data.labelled_share
         if share and not round(share * self.train.batch_size):
             raise ValueError(
