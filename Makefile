@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow check format bench evidence docs clean
+.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd docs clean
 
 quickstart: $(VENV)/.ready  ## a diffusion model teaches a small network: about four minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -33,6 +33,12 @@ bench: $(VENV)/.ready  ## each number a ratio against a named rival, measured in
 
 evidence: $(VENV)/.ready  ## remakes docs/results/: five seeds; recorded arms are skipped
 	$(BIN)/diffrep run quickstart --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-quickstart
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-dmkd: $(VENV)/.ready  ## the second road: digits with five seeds, sweeps, CIFAR-10 (needs $$DIFFREP_DATA); hours
+	$(BIN)/diffrep run dmkd_digits --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-dmkd
+	$(BIN)/diffrep run dmkd_digits_sweeps --record docs/results/data --out runs/evidence-dmkd-sweeps
+	$(BIN)/diffrep run dmkd_cifar10_small --record docs/results/data --out runs/evidence-dmkd-cifar10
 	$(BIN)/python -m benchmarks.evidence
 
 docs: $(VENV)/.ready  ## the manual, in site/

@@ -7,11 +7,12 @@ import platform
 import sys
 from pathlib import Path
 
-from benchmarks import augmentation, distillation_step, startup, teacher_pass
+from benchmarks import augmentation, distillation_step, kd_step, startup, synthesis, teacher_pass
 from diffrep import _torchvision_compat
 from diffrep.words import table
 
-BENCHMARKS = {room.__name__.split(".")[-1]: room for room in (startup, teacher_pass, augmentation, distillation_step)}
+ROOMS = (startup, teacher_pass, augmentation, distillation_step, synthesis, kd_step)
+BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 
 
 def main(names: list[str]) -> None:
