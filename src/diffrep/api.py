@@ -10,24 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffrep import assets
+from diffrep import assets, stages
 from diffrep.assemble import default_device, estimate, train
 from diffrep.config import validate
 from diffrep.console import progress
 from diffrep.data import datasets
 from diffrep.data.datasets import DataConfig, ImageSet, Split
-from diffrep.errors import UserError
+from diffrep.data.shards import read_manifest
+from diffrep.errors import RunError, UserError
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
+from diffrep.launch import ranks
+from diffrep.launch.engines import chosen
+from diffrep.launch.jobs import Engine, close
 from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.recipes import RECIPES
-from diffrep.recipes.base import FeatureTask, Recipe, Study, SweepTask, recipe_hash, to_yaml
+from diffrep.recipes.base import FeatureTask, Published, Recipe, Study, SweepTask, SynthesisTask, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
 from diffrep.rehearsal import rehearse
 from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
 
-__all__ = ["dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes", "report", "run", "show"]
+__all__ = [
+    "card", "dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes", "regenerate", "report",
+    "run", "show", "synthesis_cost", "synthesize",
+]  # fmt: skip
 
 
 def run(
@@ -72,7 +79,8 @@ def run(
 def _study_words(task: Study, result: dict[str, Any]) -> dict[str, Any]:
     """The table a terminal shows: each arm's mean and standard deviation over the seeds."""
     names = [task.headline] if task.headline else []
-    names += ["top1"] if any("top1" in s for by_seed in result["arms"].values() for s in by_seed.values()) else []
+    scored = any("top1" in s for by_seed in result["arms"].values() for s in by_seed.values())
+    names += ["top1"] if scored and "top1" not in names else []
     rows = [(task.arms[arm], [_mean(by_seed, name) for name in names]) for arm, by_seed in result["arms"].items()]
     return {"columns": names, "table": rows, "next_commands": list(task.next_commands)}
 
@@ -94,7 +102,7 @@ def _ledger_row(task: Recipe | Study) -> dict[str, Any]:
     published, ours = task.published, task.ours
     wanting = sorted({need.partition(":")[0] for need in task.needs})
     notes = [f"needs {need}" for need in task.needs] + [f"assumed: {a}" for a in task.assumed]
-    notes += [f"published: {published.metric}; {published.source}"] if published else []
+    notes += [f"published: {published.metric}; {published.source}", *_rivals(published)] if published else []
     notes += [f"ours: {ours.metric}; {ours.command}"] if ours else []
     return {
         "name": task.name,
@@ -103,8 +111,17 @@ def _ledger_row(task: Recipe | Study) -> dict[str, Any]:
         "status": f"needs {', '.join(wanting)}" if wanting else "run",
         "published": "-" if published is None else "not found" if published.value is None else f"{published.value}",
         "ours": f"{ours.value} ± {ours.spread} ({ours.seeds} seeds)" if ours else "-",
+        "rivals": [rival.model_dump() for rival in published.rivals] if published else [],
         "notes": notes,
     }
+
+
+def _rivals(published: Published) -> list[str]:
+    """One line for each source that other methods' numbers come from."""
+    by_source: dict[str, list[str]] = {}
+    for rival in published.rivals:
+        by_source.setdefault(rival.source, []).append(f"{rival.method} {rival.value}")
+    return [f"others: {', '.join(numbers)}; {source}" for source, numbers in by_source.items()]
 
 
 def show(recipe: str, overrides: Sequence[str] = (), allow_code: bool = False) -> str:
@@ -165,6 +182,87 @@ def probe(
         return run_task(task, Path(out), stop, told, allow_code)
 
 
+def synthesize(
+    generator: str,
+    settings: dict[str, Any],
+    out: str | Path,
+    seed: int = 0,
+    jobs: int | None = None,
+    ray: str | None = None,
+    slurm: str | None = None,
+    allow_code: bool = False,
+    say: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Draw a labelled set of images into ``out``, or go on where it stopped, or mend it; returns what it is.
+
+    Args:
+        generator: a diffusers folder or Hub id, a run folder with a diffusion model, ``python:module:factory``.
+        settings: the fields of a ``SynthesisConfig``.
+        jobs: one-thread processes on this machine, or jobs of a Slurm array.
+        ray: ``auto``, ``local`` or an address. slurm: a partition, "" for the cluster's default.
+        say: told, before the first image, what has to be made and what that takes.
+
+    Under torchrun its processes share the work, and all but the first return {}.
+    """
+    task = _synthesis_task(generator, settings, seed)
+    return _drawn(task, Path(out), chosen(jobs, ray, slurm), allow_code, say)
+
+
+def regenerate(
+    manifest: str | Path,
+    out: str | Path,
+    generator: str | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    slurm: str | None = None,
+    allow_code: bool = False,
+    say: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Draw a set again from its manifest alone.
+
+    Args:
+        generator: where it lies now, if no longer where it lay; the others as for :func:`synthesize`.
+
+    Raises:
+        RunError: the new set is whole, but its bytes are others.
+    """
+    folder, known = read_manifest(manifest)
+    if Path(out).resolve() == folder.resolve():
+        raise UserError(f"--out {out} is the set itself; choose another")
+    task = stages.again(known, generator, allow_code)
+    found = _drawn(task, Path(out), chosen(jobs, ray, slurm), allow_code, say)
+    if found and found["content_hash"] != known["content_hash"]:
+        told = stages.differences(known, read_manifest(out)[1])
+        raise RunError(f"{out} is whole, but not equal to {manifest}: other bytes, {told}")
+    return found | {"equal": True} if found else found
+
+
+def _synthesis_task(generator: str, settings: dict[str, Any], seed: int) -> SynthesisTask:
+    values = {"name": "synthesize", "generator": generator, "seed": seed, "synthesis": settings}
+    return validate(SynthesisTask, values, "synthesize")
+
+
+def _drawn(
+    task: SynthesisTask, out: Path, engine: Engine, allow_code: bool, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    _set_threads(1)
+    with ranks.group() as rank, wish_to_stop() as stop, progress("images") as told:
+        if rank:
+            ranks.help_out(stages.shard_job(task, out, allow_code), stop)
+            return {}
+        return stages.synthesize(task, out, engine, stop, told, allow_code, say) | {"out": str(out)}
+
+
+def synthesis_cost(generator: str, settings: dict[str, Any], seed: int = 0, allow_code: bool = False) -> dict[str, Any]:
+    """What a set will take, counted, and timed on one block; nothing is written."""
+    _set_threads(1)
+    task = _synthesis_task(generator, settings, seed)
+    try:
+        return stages.synthesis_cost(task, allow_code)
+    finally:
+        close()
+
+
 def evaluate(
     model: str,
     data: str,
@@ -172,13 +270,19 @@ def evaluate(
     knn: int = 1,
     seed: int = 0,
     image_size: int | None = None,
+    foreign: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score a run folder, a safetensors file beside its ``config.json``, or a timm model without weights.
 
     Args:
         labels: label counts for the linear probe and the neighbours; () uses all training labels.
         seed: which class-balanced draw of labelled images.
+        foreign: the fields of a ``ClassifierConfig`` besides its reference; ``model`` is then somebody else's
+            classifier (a weights file, ``timm:NAME``, ``torchvision:NAME``), scored by its own top-1, top-5 and
+            calibration.
     """
+    if foreign is not None:
+        return _foreign_scores(model, {"source": data, "image_size": image_size}, foreign)
     from diffrep.evaluation.classify import EvaluateConfig, load_student, student_scores
 
     values = {"source": data, "image_size": image_size}
@@ -188,6 +292,46 @@ def evaluate(
     train_split, test_split = load_data(config, "train"), load_data(config, "test")
     counts = wanted.probe_labels or (len(train_split),)
     return student_scores(student, train_split, test_split, counts, wanted.knn, seed, default_device())
+
+
+def card(
+    images: str,
+    teacher: dict[str, Any] | None = None,
+    real: str | None = None,
+    image_size: int | None = None,
+    out: str | Path = "card.html",
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Write one HTML page about a set of images and return its numbers (see :func:`evaluation.card.data_card`).
+
+    Args:
+        images: the folder of a synthetic set, or a data reference.
+        teacher: the fields of a ``ClassifierConfig``; its network judges the images and gives features to compare.
+        real: data reference of the images the set is held against.
+    """
+    from diffrep.evaluation.card import data_card, without_pictures
+    from diffrep.frozen.classifier import ClassifierConfig, load_classifier
+    from diffrep.report.card import write_card
+
+    if Path(out).is_dir():
+        raise UserError(f"{out} is a folder; name the HTML file to write")
+    config = validate(ClassifierConfig, teacher, "data card --teacher") if teacher else None
+    judge = load_classifier(config, allow_code=allow_code) if config else None
+    found = data_card(images, judge, real, image_size, default_device(), progress)
+    write_card(found, Path(out))
+    return without_pictures(found)
+
+
+def _foreign_scores(model: str, data: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    from diffrep.evaluation.classify import classifier_scores
+    from diffrep.frozen.classifier import ClassifierConfig, load_classifier
+
+    classifier = load_classifier(validate(ClassifierConfig, {"reference": model, **settings}, "evaluate"))
+    test = datasets.load_data(validate(DataConfig, data, "evaluate --data"), "test")
+    if test.labels is None or len(test.classes) != classifier.num_classes:
+        told = f"{len(test.classes)} classes" if test.labels is not None else "no labels"
+        raise UserError(f"evaluate: {classifier.name} knows {classifier.num_classes} classes, {test.name} has {told}")
+    return classifier_scores(classifier.logits, test, default_device())
 
 
 def load_data(data: str | DataConfig, split: Split = "train") -> ImageSet:

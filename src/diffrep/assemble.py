@@ -219,10 +219,10 @@ def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device
 def _classifier(parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
     """Of the last network, and of the one that held-out images chose, where there is one."""
     teacher = parts.method.judge if isinstance(parts.method, DMKD) else None
-    found = classifier_scores(parts.method.student, parts.test, device, teacher)
+    found = classifier_scores(parts.method.student.eval().to(device), parts.test, device, teacher)
     if best.known(run_dir) is None:
         return found
-    chosen = classifier_scores(load_student(str(run_dir / best.BEST)), parts.test, device)
+    chosen = classifier_scores(load_student(str(run_dir / best.BEST)).eval().to(device), parts.test, device)
     return found | {"best_top1": chosen["top1"]}
 
 

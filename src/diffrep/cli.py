@@ -15,6 +15,7 @@ import typer
 
 from diffrep import __version__
 from diffrep.errors import DiffrepError
+from diffrep.launch.options import synthesize_verb, with_partition
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -164,6 +165,28 @@ def probe(
     _print(json.dumps(result["rows"], indent=2) if as_json else words.sweep(result))
 
 
+def _synthesize(given: dict[str, Any]) -> None:
+    _one_thread(1)
+    from diffrep import api, words
+    from diffrep.launch.options import checked, synthesis_values
+
+    generator, out, manifest, seed = checked(given)
+    if given["dry_run"]:
+        cost = api.synthesis_cost(generator, synthesis_values(**given), seed, given["allow_code"])
+        return _print(json.dumps(cost, indent=2) if given["as_json"] else words.synthesis_cost(cost))
+    how = {name: given[name] for name in ("jobs", "ray", "slurm", "allow_code")}
+    how["say"] = lambda found: _say(words.synthesis_begins(found))
+    if manifest:
+        result = api.regenerate(manifest, out, generator, **how)
+    else:
+        result = api.synthesize(generator, synthesis_values(**given), out, seed, **how)
+    if result:  # the other processes of torchrun say nothing
+        _print(json.dumps(result, indent=2) if given["as_json"] else words.synthesis(result))
+
+
+app.command()(synthesize_verb(_synthesize))
+
+
 @app.command()
 def evaluate(
     model: Annotated[
@@ -174,17 +197,25 @@ def evaluate(
     image_size: ImageSize = None,
     knn: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Which draw of labelled images.")] = 0,
+    classifier: Annotated[bool, typer.Option(help="Score its own answers: any weights file, timm:NAME, ...")] = False,
+    architecture: Annotated[str | None, typer.Option(help="Of a weights file; default told by its keys.")] = None,
+    mean: Annotated[str | None, typer.Option(help="R,G,B that a weights file subtracts.")] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B that it then divides by.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a student: linear probe and k-NN of its frozen features, top-1 where it has a classifier.
 
+    With --classifier anybody's: top-1, top-5 and calibration of its own answers.
     Example: diffrep evaluate runs/my_student --data digits --labels 20,50
     """
     _one_thread(1)
     from diffrep import api, words
 
     counts = tuple(_integers(labels, "--labels")) if labels else ()
-    scores = api.evaluate(model, data, counts, knn, seed, image_size)
+    given = {"architecture": architecture, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    if any(given.values()) and not classifier:
+        raise typer.BadParameter("--architecture, --mean and --std belong to --classifier")
+    scores = api.evaluate(model, data, counts, knn, seed, image_size, given if classifier else None)
     _print(json.dumps(scores, indent=2) if as_json else words.scores(scores))
 
 
@@ -252,6 +283,36 @@ def data_prepare(name: str, path: Path, out: Path, as_json: AsJson = False) -> N
     _report(prepare(name, path, out), as_json)
 
 
+@data_app.command("card")
+def data_card(
+    images: Annotated[str, typer.Argument(metavar="SET", help="The folder of a synthetic set, or a data reference.")],
+    teacher: Annotated[str | None, typer.Option(help="A classifier: run folder, weights file, timm:NAME, ...")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Of a weights file; default what its keys tell.")] = None,
+    mean: Annotated[str | None, typer.Option(help="The teacher's, where its reference has none: 0.5,0.5,0.5")] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    real: Annotated[str | None, typer.Option(help="Real images to hold it against, e.g. digits.")] = None,
+    image_size: ImageSize = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("card.html"),
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page about a set: what it is, what a teacher says, whom it repeats, how far it is from real images.
+
+    Example: diffrep data card runs/my_set --teacher runs/my_classifier --real digits --out card.html
+    """
+    _one_thread(1)
+    from diffrep import api
+    from diffrep.report.card_words import lines
+
+    look: dict[str, Any] = {"architecture": architecture}
+    look |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    judge = {"reference": teacher} | {k: v for k, v in look.items() if v} if teacher else None
+    if judge is None and any(look.values()):
+        raise typer.BadParameter("--architecture, --mean and --std belong to a --teacher; name one")
+    found = api.card(images, judge, real, image_size, out, allow_code)
+    _print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found, out)))
+
+
 def _report(found: Any, as_json: bool) -> None:
     _print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
     if not found.is_complete:
@@ -273,6 +334,13 @@ def _integers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{option} takes whole numbers separated by commas, not '{text}'") from None
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, not '{text}'") from None
 
 
 def _one_thread(threads: int) -> None:
@@ -297,7 +365,7 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, prog_name="diffrep", standalone_mode=False)
+        code = app(with_partition(arguments), prog_name="diffrep", standalone_mode=False)
     except Exception as error:
         if debug:
             raise

@@ -24,7 +24,8 @@ from diffrep.frozen import answers, stores
 from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
-from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, Study, SweepTask, recipe_hash
+from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, Study, SweepTask, SynthesisTask, recipe_hash
+from diffrep.stages import synthesis_cost
 from diffrep.studies import instances
 
 
@@ -48,6 +49,8 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
         return _features(task, stand_in, allow_code)
     if isinstance(task, AnswerTask):
         return _answers(task, stand_in, allow_code)
+    if isinstance(task, SynthesisTask):
+        return synthesis_cost(task, allow_code, stand_in)
     assert isinstance(task, SweepTask)
     teacher = load_teacher(task.teacher, allow_code)
     images = sum(len(load_data(task.data, split)) for split in ("train", task.sweep.split))

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from diffrep import assemble
+from diffrep.config import validate
 from diffrep.console import Report
 from diffrep.data.datasets import DataConfig, Split, load_data
 from diffrep.data.feed import Feed
+from diffrep.data.shards import check_shards, read_manifest
+from diffrep.errors import UserError
 from diffrep.evaluation.sweep import sweep
-from diffrep.files import locked, write_json
+from diffrep.files import locked, read_json, write_json
 from diffrep.frozen.answers import store_settings, write_answers
 from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import write_features
-from diffrep.launch.jobs import Engine, ShardJob, here
-from diffrep.methods.synthesis import begin, finish
+from diffrep.launch.jobs import Engine, ShardJob, close, here
+from diffrep.methods.synthesis import estimate, finish, write_stand_in
 from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, SweepTask, SynthesisTask, Task, recipe_hash, to_yaml
 from diffrep.training.run import RunDir
 
@@ -40,22 +43,28 @@ def run_task(
         return assemble.train(task, run_dir, stop, progress, allow_code)
     run = RunDir(run_dir)
     found = run.result()
-    if found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed):
+    is_mine = found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed)
+    if found is not None and is_mine and (task.kind != "synthesis" or _is_whole(run_dir)):
         return found
     run.check(to_yaml(task))
     began = time.process_time()
-    work = PREPARED[task.kind](task, allow_code)
-    with locked(run_dir):
-        run.begin(to_yaml(task))
-        result = {"name": task.name, "kind": task.kind, "recipe_hash": recipe_hash(task), "seed": task.seed}
-        result |= work(run_dir, progress, stop)
-        result["cpu_seconds"] = round(time.process_time() - began, 2)
-        run.finish(result)
-    return result
+    return _recorded(task, run, PREPARED[task.kind](task, allow_code), progress, stop, began)
 
 
 Stop = Callable[[], bool]
 Work = Callable[[Path, Report, Stop], dict[str, Any]]  # what is left once everything was loaded
+Say = Callable[[dict[str, Any]], None]
+
+
+def _recorded(task: Task, run: RunDir, work: Work, progress: Report, stop: Stop, began: float) -> dict[str, Any]:
+    """Do the work with the folder locked, and leave its result there."""
+    with locked(run.path):
+        run.begin(to_yaml(task))
+        result = {"name": task.name, "kind": task.kind, "recipe_hash": recipe_hash(task), "seed": task.seed}
+        result |= work(run.path, progress, stop)
+        result.setdefault("cpu_seconds", round(time.process_time() - began, 2))
+        run.finish(result)
+    return result
 
 
 def _features(task: FeatureTask, allow_code: bool) -> Work:
@@ -107,9 +116,31 @@ class _Views:
         return self.feed.gather(index, torch.full_like(index, view), assemble.default_device()).images
 
 
-def _synthesis(task: SynthesisTask, allow_code: bool, engine: Engine = here) -> Work:
+def synthesize(
+    task: SynthesisTask,
+    run_dir: Path,
+    engine: Engine,
+    stop: Stop = lambda: False,
+    progress: Report = lambda *_: None,
+    allow_code: bool = False,
+    say: Say = lambda found: None,
+) -> dict[str, Any]:
+    """Draw a set with any engine; a finished one has its shards checked, and damaged ones made again.
+
+    Args:
+        say: told, before the first image, what has to be made and what that takes.
+    """
+    run, began = RunDir(run_dir), time.process_time()
+    run.check(to_yaml(task))
+    return _recorded(task, run, _synthesis(task, allow_code, engine, say), progress, stop, began)
+
+
+def _synthesis(task: SynthesisTask, allow_code: bool, engine: Engine = here, say: Say = lambda found: None) -> Work:
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
-        return draw(task, run_dir, progress, stop, allow_code, engine)
+        try:
+            return _draw(task, shard_job(task, run_dir, allow_code), progress, stop, engine, say)
+        finally:
+            close()
 
     shard_job(task, Path(), allow_code).open()  # refuses what does not fit
     return work
@@ -118,32 +149,28 @@ def _synthesis(task: SynthesisTask, allow_code: bool, engine: Engine = here) -> 
 def shard_job(task: SynthesisTask, run_dir: Path, allow_code: bool) -> ShardJob:
     """The set as a value that workers understand."""
     synthesis = task.synthesis.model_dump_json()
-    device = assemble.default_device().type
-    return ShardJob(task.generator, synthesis, task.seed, str(run_dir.resolve()), device, allow_code)
+    return ShardJob(task.generator, synthesis, task.seed, str(run_dir.resolve()), allow_code=allow_code)
 
 
-def draw(
-    task: SynthesisTask, run_dir: Path, progress: Report, stop: Stop, allow_code: bool, engine: Engine
-) -> dict[str, Any]:
+def _draw(task: SynthesisTask, job: ShardJob, progress: Report, stop: Stop, engine: Engine, say: Say) -> dict[str, Any]:
     """Make the missing shards of a set, then its manifest, then its cost."""
-    job, began, done = shard_job(task, run_dir, allow_code), time.process_time(), 0
-    synthesis = job.open()
-    begin(run_dir, synthesis)
-    missing = synthesis.missing(run_dir)
-    size, total = task.synthesis.shard_size, len(synthesis.slots)
-    whole = sum(min(size, total - n * size) for n in missing)
+    synthesis, folder = job.open(), Path(job.folder)
+    missing = synthesis.begin(folder)
+    wanted, total = synthesis.counted(missing), len(synthesis.plan)
+    done = total - wanted["images"]
 
     def report(images: int) -> None:
         nonlocal done
         done += images
-        progress(total - whole + done, total)
+        progress(done, total)
 
+    say({"all": total, "licence": synthesis.generator.licence, **wanted})
+    report(0)
     engine(job, missing, report, stop)
-    manifest = finish(run_dir, synthesis, task.generator)
-    calls = manifest["images"] * manifest["calls_per_image"]
-    macs = manifest["images"] * synthesis.generator.multiply_adds(task.synthesis.sampling)
-    cost = {"cpu_seconds": round(time.process_time() - began, 2), "network_calls": calls, "multiply_adds": macs}
-    write_json(run_dir / COST, cost | {"images_made": whole})
+    manifest, cost = finish(folder, synthesis, task.model_dump(mode="json"))
+    if not missing and (folder / COST).exists():  # as it was found, also where the shards' own notes are lost
+        cost = read_json(folder / COST)
+    write_json(folder / COST, cost)
     return {
         "images": manifest["images"],
         "content_hash": manifest["content_hash"],
@@ -151,10 +178,56 @@ def draw(
         "generator": manifest["generator"]["name"],
         "licence": manifest["generator"]["licence"],
         "labels_behind": {f"generator: {k}": n for k, n in manifest["generator"]["labels_seen"].items()},
-        "images_seen": calls,
-        "multiply_adds": macs,
-        "network_calls": calls,
+        "images_seen": cost["network_calls"],
+        **cost,
     }
+
+
+def again(known: dict[str, Any], generator: str | None, allow_code: bool) -> SynthesisTask:
+    """The task behind a manifest.
+
+    Args:
+        generator: where it lies now, if no longer where it lay.
+
+    Raises:
+        UserError: the generator or a teacher is not here, or has other weights than the one of the manifest.
+    """
+    recipe = known.get("recipe")
+    values = recipe | ({"generator": generator} if generator else {}) if isinstance(recipe, dict) else {}
+    task = validate(SynthesisTask, values, "--from: the manifest's recipe")
+    found = shard_job(task, Path(), allow_code).open().settings()
+    for key, value in known["settings"].items():
+        if found.get(key) != value:
+            what = f"{task.generator} has other weights than the generator" if key == "generator" else f"another {key}"
+            raise UserError(f"--from: {what} of the set {known['content_hash'][:12]}")
+    return task
+
+
+def differences(known: dict[str, Any], found: dict[str, Any]) -> str:
+    """In what two sets of the same settings differ: their first other shard, and where they were made."""
+    pairs = zip(known["shards"], found["shards"], strict=True)
+    shard = next(old["name"] for old, new in pairs if old["sha256"] != new["sha256"])
+    then, now = known.get("environment", {}), found["environment"]
+    other = [f"{k} {now.get(k)} (was {then.get(k)})" for k in {**then, **now} if now.get(k) != then.get(k)]
+    return f"first in {shard}; " + (", ".join(other) or "what is known of the two machines is the same")
+
+
+def synthesis_cost(task: SynthesisTask, allow_code: bool = False, stand_in: Path | None = None) -> dict[str, Any]:
+    """What a set will take; black images of its number and size go to ``stand_in``, where it is given."""
+    job = shard_job(task, stand_in or Path(), allow_code)
+    found, pixels = estimate(job.open(), job.place())
+    if stand_in:
+        write_stand_in(stand_in, job.open(), pixels.shape[-1])
+    return found | {"memory_bytes": assemble.peak_memory()}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a finished set still has every byte."""
+    try:
+        check_shards(*read_manifest(folder))
+    except UserError:
+        return False
+    return True
 
 
 def _sweep(task: SweepTask, allow_code: bool) -> Work:

@@ -113,6 +113,42 @@ def features(found: dict[str, Any], out: Path) -> str:
     return f"{out}: {shapes}; {amount(found['images_seen'])} passes, {found['cpu_seconds']:.1f} CPU s"
 
 
+def synthesis(found: dict[str, Any]) -> str:
+    """A finished set."""
+    counts = sorted(set(found["counts"].values()))
+    each = f"{len(found['counts'])} classes of {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+    made = f"{amount(found['network_calls'])} network calls, {amount(found['multiply_adds'])} multiply-adds"
+    return "\n".join(
+        [
+            f"{found['images']} images, {each if '-1' not in found['counts'] else 'no classes'}; {made}",
+            f"content hash: {found['content_hash']}" + (", equal" if found.get("equal") else ""),
+            f"licence, that of {found['generator']}: {found['licence']}",
+            f"set: {found['out']}, a data source as synthetic:{found['out']}",
+        ]
+    )
+
+
+def synthesis_begins(found: dict[str, Any]) -> str:
+    """Said before the first image."""
+    made = f"{amount(found['network_calls'])} network calls, {amount(found['multiply_adds'])} multiply-adds"
+    return f"to make: {found['images']} of {found['all']} images, {made}; licence: {found['licence']}"
+
+
+def synthesis_cost(found: dict[str, Any]) -> str:
+    """Of a dry run."""
+    return "\n".join(
+        [
+            f"images          {found['images']} in {found['shards']} shards",
+            f"network calls   {amount(found['network_calls'])}",
+            f"multiply-adds   {amount(found['multiply_adds'])} (counted)",
+            f"time, about     {duration(found['seconds'])} of one worker (from one block on this machine)",
+            f"disk, about     {size(found['disk_bytes'])} (from that block)",
+            f"licence         {found['licences']['generator']}",
+            "nothing was written",
+        ]
+    )
+
+
 def sweep(found: dict[str, Any]) -> str:
     rows = [
         [r["tap"], "-" if r["timestep"] is None else r["timestep"], f"{r['mean']:.1f} ± {r['sd']:.1f}"]

@@ -27,15 +27,36 @@ def described(case):
 @pytest.mark.golden(of=described)
 def test_golden_respaced_tables(golden_case):
     schedule = of_case(golden_case.meta)
-    tables = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod, "timestep_map": schedule.timestep}
-    compared = 0
-    for name, found in tables.items():
-        for key in golden_case.outputs_named(name):
-            expected = golden_case.get(key).numpy()
-            assert found.dtype == expected.dtype
-            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=0)
-            compared += 1
-    assert compared >= 3
+    steps = range(len(schedule))
+    found = {
+        "betas": schedule.betas,
+        "alphas_cumprod": schedule.alphas_cumprod,
+        "timestep_map": schedule.timestep,
+        "alphas_cumprod_prev": np.array([schedule.alpha_bar_at(k - 1) for k in steps]),
+        "posterior_mean_coef1": np.array([schedule.posterior_weights(k)[0] for k in steps]),
+        "posterior_mean_coef2": np.array([schedule.posterior_weights(k)[1] for k in steps]),
+        "posterior_log_variance_clipped": np.array([schedule.log_variances(k)[0] for k in steps]),
+    }
+    # Entry 0 of the variance is 0, which has no log.
+    found["posterior_variance"] = np.concatenate([[0.0], np.exp(found["posterior_log_variance_clipped"][1:])])
+    named = {
+        key.rsplit("/", 1)[1]: golden_case.get(key).numpy() for name in found for key in golden_case.outputs_named(name)
+    }
+    assert {"betas", "alphas_cumprod", "timestep_map"} <= named.keys()
+    for name, expected in named.items():
+        assert found[name].dtype == expected.dtype
+        np.testing.assert_allclose(found[name], expected, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.golden(of=described)
+def test_golden_large_variances_are_the_betas(golden_case):
+    """FIXED_LARGE: the betas with the first replaced by the second posterior variance; a learned one ends at beta."""
+    schedule = of_case(golden_case.meta)
+    betas = np.log(golden_case.get(golden_case.outputs_named("betas")[0]).numpy())
+    large = [schedule.log_variances(k)[1] for k in range(len(schedule))]
+    np.testing.assert_allclose(large[1:], betas[1:], rtol=1e-12)
+    assert large[0] == schedule.log_variances(1)[0]
+    np.testing.assert_allclose([schedule.log_beta(k) for k in range(len(schedule))], betas, rtol=1e-12)
 
 
 @pytest.mark.golden(of=lambda case: "timestep_map" in case.meta and "respacing" in case.meta)
@@ -44,9 +65,10 @@ def test_golden_timesteps_of_a_respacing(golden_case):
     assert kept_timesteps(total, golden_case.meta["respacing"]).tolist() == golden_case.meta["timestep_map"]
 
 
-@pytest.mark.golden(of=lambda case: case.outputs_named("q_sample") and "diffusion_kwargs" in case.meta)
+@pytest.mark.golden(of=lambda case: case.outputs_named("q_sample"))
 def test_golden_q_sample(golden_case):
-    x, noise, step = (golden_case.get(f"inputs/{name}") for name in ("x", "noise", "spaced_t"))
+    names = ("x", "noise", "spaced_t") if "diffusion_kwargs" in golden_case.meta else ("x", "step_noise", "ti")
+    x, noise, step = (golden_case.get(f"inputs/{name}") for name in names)
     (key,) = golden_case.outputs_named("q_sample")
     found = of_case(golden_case.meta).noised(x, noise, step)
     torch.testing.assert_close(found, golden_case.get(key), rtol=1e-5, atol=1e-5)
@@ -118,9 +140,31 @@ def test_respacing_keeps_alpha_bar_and_original_numbers(total, data):
     assert again.timestep.tolist() == [0]
 
 
+def test_all_timesteps_are_the_base_process():
+    whole = NoiseSchedule.named("linear")
+    kept = whole.respaced("1000")
+    assert kept.timestep.tolist() == list(range(1000))
+    np.testing.assert_allclose(kept.betas, whole.betas, rtol=1e-10)
+    np.testing.assert_allclose(kept.alphas_cumprod, whole.alphas_cumprod, rtol=1e-12)
+
+
+def test_alpha_bar_is_as_exact_as_what_it_multiplies():
+    schedule, step = NoiseSchedule.named("linear"), torch.tensor([0, 999])
+    for dtype, kept in ((torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)):
+        found = schedule.alpha_bar(step, torch.zeros(2, 3, 4, 4, dtype=dtype))
+        assert found.shape == (2, 1, 1, 1) and found.dtype == kept
+        expected = torch.from_numpy(schedule.alphas_cumprod)[step]
+        assert torch.equal(found.flatten(), expected.to(kept))
+
+
 def test_sections_and_strides():
     assert kept_timesteps(300, "2,3,1").tolist() == [0, 99, 100, 150, 199, 200]  # both ends of each section
     assert kept_timesteps(1000, "ddim50").tolist() == list(range(0, 1000, 20))
+    assert kept_timesteps(1000, "ddim30").tolist() == list(range(0, 1000, 34))
+    assert kept_timesteps(1000, "100").tolist()[:5] == [0, 10, 20, 30, 40]
+    assert kept_timesteps(1000, "100").tolist()[-3:] == [979, 989, 999]
+    assert kept_timesteps(1000, "250").tolist()[-3:] == [991, 995, 999]
+    assert kept_timesteps(1000, "50").tolist()[:4] == [0, 20, 41, 61]
     assert kept_timesteps(10, "ddim4").tolist() == [0, 3, 6, 9]
     assert NoiseSchedule.named("linear", 40).respaced("ddim10").respaced("ddim5").timestep.tolist() == [
         0,
@@ -131,7 +175,9 @@ def test_sections_and_strides():
     ]
 
 
-@pytest.mark.parametrize("spacing", ["0", "-3", "a", "", "5,", "ddim0", "ddimx", "1.5", "101", "60,2", "ddim99"])
+@pytest.mark.parametrize(
+    "spacing", ["0", "-3", "a", "", "5,", "ddim0", "ddimx", "1.5", "101", "60,2", "ddim99", "ddim40"]
+)
 def test_a_spacing_that_cannot_be_had_is_refused(spacing):
     with pytest.raises(UserError, match="num_sampling_steps"):
         kept_timesteps(100, spacing)

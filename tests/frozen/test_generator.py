@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from toys import gaussians
 
 from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import UserError
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
-from diffrep.frozen.generator import DiffusionGenerator, grid_png
+from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig, grid_png, guidance_scales
 
 
 class OnePerClass(nn.Module):
@@ -40,11 +41,15 @@ def of_classes(**options):
     return DiffusionGenerator(teacher), network
 
 
+def walk(steps="3", **options):
+    return SamplingConfig(num_sampling_steps=steps, **options)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_label_gets_its_image_in_zero_to_one(prediction, channels):
     generator, network = of_classes(prediction=prediction, channels=channels)
-    found = generator.sample(torch.tensor([0, 3, 1]), [5, 6, 7], "10")
+    found = generator.sample(torch.tensor([0, 3, 1]), [5, 6, 7], walk("10"))
     assert found.shape == (3, 3, 4, 4) and found.dtype == torch.float32
     for image, brightness in zip(found, (0.2, 0.8, 0.4), strict=True):
         torch.testing.assert_close(image, torch.full_like(image, brightness), rtol=0, atol=1e-3)
@@ -53,10 +58,53 @@ def test_each_label_gets_its_image_in_zero_to_one(prediction, channels):
 
 def test_guidance_asks_the_null_class_too():
     generator, network = of_classes()
-    found = generator.sample(torch.tensor([1, 2]), [0, 1], "3", guidance_scale=2.0)
+    found = generator.sample(torch.tensor([1, 2]), [0, 1], walk(guidance_scale=2.0))
     assert network.calls == [[1, 2], [4, 4]] * 3
     torch.testing.assert_close(found.mean((1, 2, 3)), torch.tensor([0.3, 0.7]), rtol=0, atol=1e-3)  # away from grey
-    assert float(generator.sample(torch.tensor([0]), [0], "3", guidance_scale=9.0).max()) == 0  # held in range
+    assert float(generator.sample(torch.tensor([0]), [0], walk(guidance_scale=9.0)).max()) < 1e-5  # held in range
+
+
+def test_three_of_four_channels_are_guided_and_the_fourth_is_as_without():
+    generator, _ = of_classes(channels=4)
+    generator.decode = lambda x: x
+    plain, three, all_four = (
+        generator.sample(torch.tensor([1]), [0], walk(**options))
+        for options in ({}, {"guidance_scale": 1.5, "guided_channels": 3}, {"guidance_scale": 1.5})
+    )
+    assert torch.equal(three[:, 3], plain[:, 3]) and torch.equal(three[:, :3], all_four[:, :3])
+    assert float((all_four - plain).abs().min()) > 0.05
+
+
+@given(st.floats(0, 30), st.floats(0, 30), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_the_unconditional_half_is_asked_inside_the_interval_alone(low, width, steps):
+    generator, network = of_classes()
+    asked = walk(str(steps), guidance_scale=2.0, guidance_interval=(low, low + width + 0.1))
+    generator.sample(torch.tensor([1]), [0], asked)
+    schedule = network.schedule.respaced(str(steps))
+    inside = sum(low < schedule.sigma_at(t) <= low + width + 0.1 for t in range(steps))
+    assert (network.calls.count([1]), network.calls.count([4])) == (steps, inside) == generator.calls(asked)
+
+
+def test_a_range_of_scales_gives_each_image_its_own():
+    generator, _ = of_classes()
+    labels, seeds = torch.tensor([2] * 40), list(range(40))
+    found = generator.sample(labels, seeds, walk(guidance_scale=(1.0, 2.0))).mean((1, 2, 3))
+    expected = 0.5 + 0.1 * guidance_scales(walk(guidance_scale=(1.0, 2.0)), seeds)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert 0.6 <= float(found.min()) < 0.62 and 0.68 < float(found.max()) <= 0.7
+
+
+def test_steering_goes_where_the_judge_is_pleased():
+    generator = DiffusionGenerator(gaussians())
+
+    def mean(judge):
+        return float(generator.sample(torch.tensor([1]), [0], walk("10"), judge=judge).mean())
+
+    plain = mean(None)
+    assert mean(lambda images, labels: 0 * images.sum((1, 2, 3))) == plain
+    assert mean(lambda images, labels: images.sum((1, 2, 3))) > plain + 0.02
+    assert mean(lambda images, labels: -images.sum((1, 2, 3))) < plain - 0.02
 
 
 @pytest.fixture(scope="module")
@@ -67,33 +115,47 @@ def trained(pipeline):
 @given(st.permutations(range(6)), st.integers(1, 6))
 @settings(max_examples=8, deadline=None)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(trained, order, size):
-    alone = {seed: trained.sample(None, [seed], "3")[0] for seed in range(6)}
+    alone = {seed: trained.sample(None, [seed], walk())[0] for seed in range(6)}
     for start in range(0, 6, size):
         seeds = list(order[start : start + size])
-        for seed, image in zip(seeds, trained.sample(None, seeds, "3"), strict=True):
+        for seed, image in zip(seeds, trained.sample(None, seeds, walk()), strict=True):
             torch.testing.assert_close(image, alone[seed], rtol=0, atol=1e-3)
     assert float((alone[0] - alone[1]).abs().max()) > 0.1
 
 
-def test_the_noise_belongs_to_the_weights(pipeline, trained):
-    other = DiffusionGenerator(load_teacher(f"random:{pipeline()}"))
-    assert not torch.equal(trained._noise(3), other._noise(3))
-    assert torch.equal(trained._noise(3), DiffusionGenerator(load_teacher(str(pipeline())))._noise(3))
+def test_the_noise_belongs_to_the_weights():
+    """Networks that differ in a weight without effect differ in their noise alone."""
+    images = []
+    for unused in (0.0, 1.0, 0.0):
+        generator, network = of_classes()
+        generator.decode = lambda x: x
+        network.unused = nn.Parameter(torch.tensor(unused))
+        network.forward = lambda x, timestep, class_labels: torch.zeros_like(x)
+        images.append(generator.sample(torch.tensor([1]), [3], walk(sampler="ddpm")))
+    assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
 
 
-def test_what_cannot_be_drawn_is_refused(trained):
-    generator, _ = of_classes()
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (None, {"guidance_scale": 2.0}, "knows no classes"),
+        ([0], {}, "knows no classes"),
+        (None, {"steps": "1001"}, "1001"),
+    ],
+)
+def test_what_an_unconditional_network_cannot_draw_is_refused(trained, labels, options, message):
+    with pytest.raises(UserError, match=message):
+        trained.sample(None if labels is None else torch.tensor(labels), [0], walk(**options))
+
+
+def test_classes_and_channels_beyond_the_network_are_refused():
+    generator, network = of_classes()
     for labels in ([0, 4], [-1, 0]):
         with pytest.raises(UserError, match=r"class -?\d is outside 0..3 of flat"):
-            generator.sample(torch.tensor(labels), [0, 1], "2")
-    for asked in ({"labels": torch.tensor([0])}, {"labels": None, "guidance_scale": 2.0}):
-        with pytest.raises(UserError, match="knows no classes"):
-            trained.sample(asked.pop("labels"), [0], "2", **asked)
-    with pytest.raises(UserError, match="num_sampling_steps"):
-        trained.sample(None, [0], "ddim999")
-    generator.network.prediction = "sample"
-    with pytest.raises(UserError, match="predicts 'sample'; valid: epsilon, v_prediction"):
-        generator.sample(torch.tensor([0]), [0], "2")
+            generator.sample(torch.tensor(labels), [0, 1], walk("2"))
+    with pytest.raises(UserError, match="guided_channels 4: flat has 3 channels"):
+        generator.sample(torch.tensor([0]), [0], walk(guidance_scale=2.0, guided_channels=4))
+    assert network.calls == []
 
 
 def test_the_grid_is_one_png_with_white_lines_between():

@@ -93,8 +93,7 @@ def ddim_reverse(denoiser: Denoiser, images: Tensor, schedule: NoiseSchedule) ->
 LIBRARY: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-    # Only this spacing gives Heun whole timesteps, which networks with a table of timesteps need.
-    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "heun": ("HeunDiscreteScheduler", {}),
 }
 
 
@@ -120,8 +119,18 @@ def _scheduler(name: str, num_sampling_steps: int, schedule: NoiseSchedule) -> A
     made = getattr(diffusers, kind)(
         num_train_timesteps=len(schedule), trained_betas=schedule.betas.tolist(), prediction_type="epsilon", **options
     )
-    made.set_timesteps(num_sampling_steps)
+    if name == "heun":  # its own spacings name parts of timesteps, which a table of timesteps does not have
+        made.set_timesteps(timesteps=_trailing(num_sampling_steps, len(schedule)))
+    elif num_sampling_steps == len(schedule):  # one step more than the spaces between timesteps: it would name 0 twice
+        raise UserError(f"num_sampling_steps '{num_sampling_steps}': sampler {name} takes at most {len(schedule) - 1}")
+    else:
+        made.set_timesteps(num_sampling_steps)
     return made
+
+
+def _trailing(count: int, total: int) -> list[int]:
+    """``count`` whole timesteps, evenly spaced, of which the first is the last of all."""
+    return [round(total * (count - k) / count) - 1 for k in range(count)]
 
 
 # By name
@@ -137,7 +146,7 @@ def named_sampler(name: str, num_sampling_steps: str, eta: float = 0.0) -> Sampl
     if name in LIBRARY:
 
         def by_library(denoiser: Denoiser, noise: Tensor, schedule: NoiseSchedule, rng: Draws) -> Tensor:
-            return solver(name, _whole(name, num_sampling_steps, len(schedule)))(denoiser, noise, schedule, rng)
+            return solver(name, whole_steps(name, num_sampling_steps, len(schedule)))(denoiser, noise, schedule, rng)
 
         return by_library
 
@@ -148,7 +157,8 @@ def named_sampler(name: str, num_sampling_steps: str, eta: float = 0.0) -> Sampl
     return respaced
 
 
-def _whole(name: str, num_sampling_steps: str, total: int) -> int:
+def whole_steps(name: str, num_sampling_steps: str, total: int) -> int:
+    """The number of steps of a sampler that spaces them itself; refuses what is no number in 1..total."""
     if not num_sampling_steps.isascii() or not num_sampling_steps.isdigit() or not int(num_sampling_steps):
         raise UserError(f"num_sampling_steps '{num_sampling_steps}': sampler {name} takes one number of steps")
     if int(num_sampling_steps) > total:

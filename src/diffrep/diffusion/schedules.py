@@ -70,8 +70,9 @@ class NoiseSchedule:
         return len(self.betas)
 
     def alpha_bar(self, step: Tensor, like: Tensor) -> Tensor:
-        """alpha_bar at ``step`` (B,) int64, shaped (B, 1, 1, ...) and typed to multiply ``like``."""
-        values = torch.from_numpy(self.alphas_cumprod).to(like.device)[step].to(torch.float32)
+        """alpha_bar at ``step`` (B,) int64, shaped (B, 1, 1, ...) to multiply ``like``, in float32 or better."""
+        kept = torch.promote_types(like.dtype, torch.float32)
+        values = torch.from_numpy(self.alphas_cumprod).to(like.device)[step].to(kept)
         return values.view(-1, *[1] * (like.dim() - 1))
 
     def alpha_bar_at(self, step: int) -> float:

@@ -10,14 +10,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffrep.config import Config, validate
+from diffrep.config import Config
 from diffrep.data.datasets import ImageSet, label_subset
 from diffrep.data.sources import parse
 from diffrep.errors import UserError
 from diffrep.evaluation import probe
-from diffrep.files import read_json
+from diffrep.models import stored
 from diffrep.models.students import Student, StudentConfig
-from diffrep.models.weights import read_weights
 
 
 class EvaluateConfig(Config):
@@ -78,12 +77,15 @@ def student_scores(
 
 
 def classifier_scores(
-    student: Student, test: ImageSet, device: torch.device, teacher: Callable[[Tensor], Tensor] | None = None
+    classifier: Callable[[Tensor], Tensor],
+    test: ImageSet,
+    device: torch.device,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Percentages: ``top1``, ``top5`` where there are more than five classes, ``ece`` and, with a teacher, how often
     both give the same answer, ``agreement``."""
     assert test.labels is not None  # refused before training
-    logits, labels = outputs(student.eval().to(device), test, device), test.labels.cpu()
+    logits, labels = outputs(classifier, test, device), test.labels.cpu()
     scores = {"top1": probe.accuracy(logits.argmax(1), labels)}
     if logits.shape[1] > 5:
         scores["top5"] = 100 * float((logits.topk(5, 1).indices == labels[:, None]).any(1).float().mean())
@@ -138,15 +140,4 @@ def load_student(model: str) -> Student:
         if path.suffix or "/" in model:
             raise UserError(f"{model} does not exist")
         return Student(StudentConfig(name=model))
-    folder, weights = (path, path / "weights.safetensors") if path.is_dir() else (path.parent, path)
-    card = read_json(folder / "config.json")
-    if "student" not in card:
-        raise UserError(f"{folder / 'config.json'} was not written by diffrep (no 'student' in it)")
-    student = Student(validate(StudentConfig, card["student"], str(folder / "config.json")), card.get("num_classes", 0))
-    try:
-        student.backbone.load_state_dict(dict(read_weights(weights)))
-    except RuntimeError as error:
-        raise UserError(
-            f"{weights} does not fit {card['architecture']}: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    return student
+    return stored.load_student(path / "weights.safetensors" if path.is_dir() else path)

@@ -91,8 +91,8 @@ def store_settings(
         "num_images": num_images,
         "num_views": num_views,
         "seed": seed,
-        "shapes": {tap: list(_kept_shape(teacher, tap, config.pool)) for tap in config.taps},
         **config.model_dump(mode="json"),
+        "shapes": {tap: list(_kept_shape(teacher, tap, config.pool)) for tap in config.taps},
     }
 
 

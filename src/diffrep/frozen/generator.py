@@ -24,15 +24,26 @@ from diffrep.diffusion.sampling import (
     named_sampler,
     noise_from_velocity,
 )
-from diffrep.errors import UserError
+from diffrep.errors import UserError, nearest
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.randomness import PerImage, stream
 
 Scale = Annotated[float, Field(ge=0)]
 
 
+# The paper's two settings: DDPM, and official DiT's guidance of three channels.
+_PAPER = {"sampler": "ddpm", "guided_channels": 3}
+FIDELITIES: dict[str, dict[str, Any]] = {
+    "low": {**_PAPER, "num_sampling_steps": "100", "guidance_scale": 2.0},
+    "high": {**_PAPER, "num_sampling_steps": "250", "guidance_scale": 4.0},
+}
+
+
 class SamplingConfig(Config):
-    """How an image is drawn. Defaults: what taught best on digits; the paper's two settings stand below."""
+    """How an image is drawn. Defaults: what taught best on digits.
+
+    ``fidelity: low`` or ``high`` stands for one of :data:`FIDELITIES`; what is said beside it changes that.
+    """
 
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "heun"] = "ddim"
     num_sampling_steps: str = "20"  # N, a,b,c or ddimN; the solvers take N
@@ -40,6 +51,16 @@ class SamplingConfig(Config):
     guidance_scale: Scale | tuple[Scale, Scale] = 1.0  # s, 1 = off; or a range that each image draws its own s from
     guided_channels: Annotated[int, Field(ge=1)] | None = None  # None: all; official DiT guides 3 of its 4
     guidance_interval: tuple[Scale, Scale] | None = None  # (low, high] in sigma; outside it one conditional call
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "fidelity" not in values:
+            return values
+        name = values["fidelity"]
+        if name not in list(FIDELITIES):  # whatever was written there
+            raise ValueError(f"fidelity '{name}': {nearest(name, FIDELITIES)}")
+        return FIDELITIES[name] | {field: value for field, value in values.items() if field != "fidelity"}
 
     @field_validator("num_sampling_steps", mode="before")
     @classmethod
@@ -61,8 +82,7 @@ class SamplingConfig(Config):
         return self.guidance_scale != 1.0
 
 
-LOW_FIDELITY = SamplingConfig(sampler="ddpm", num_sampling_steps="100", guidance_scale=2.0, guided_channels=3)
-HIGH_FIDELITY = SamplingConfig(sampler="ddpm", num_sampling_steps="250", guidance_scale=4.0, guided_channels=3)
+LOW_FIDELITY, HIGH_FIDELITY = (SamplingConfig.model_validate(values) for values in FIDELITIES.values())
 
 # Something that judges clean images: (images (B, 3, H, W) in [0, 1], labels (B,)) -> what to increase, (B,).
 Judge = Callable[[Tensor, Tensor], Tensor]
@@ -123,7 +143,8 @@ class DiffusionGenerator:
         shown = None if labels is None else labels.to(device)
         denoiser = self._guided(shown, sampling, guidance_scales(sampling, seeds).to(device))
         if judge is not None:
-            assert shown is not None  # refused by check
+            if shown is None:
+                raise UserError(f"{self.name}: steering (hard) judges an image by its class: give labels")
             denoiser = self._steered(denoiser, shown, judge)
         if self.clips:
             denoiser = clipped(denoiser, self.network.schedule)

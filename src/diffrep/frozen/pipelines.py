@@ -6,8 +6,11 @@ A text-to-image pipeline walks by itself, with the scheduler we choose; all othe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,15 @@ import torch
 from torch import Tensor
 
 from diffrep import _torchvision_compat, assets, counting
-from diffrep.diffusion.sampling import LIBRARY
+from diffrep.diffusion.sampling import LIBRARY, whole_steps
 from diffrep.errors import UserError
-from diffrep.files import located, read_json
+from diffrep.files import read_json
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher, schedule_from_diffusers
 from diffrep.frozen.generator import DiffusionGenerator, Judge, SamplingConfig
 from diffrep.randomness import stream
 
+# diffusers' own walks; DDPM and DDIM would clip latents, which have no range, unless told not to.
 _SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"} | {name: kind for name, (kind, _) in LIBRARY.items()}
 
 
@@ -58,6 +62,9 @@ class TextGenerator(DiffusionGenerator):
     def __init__(self, pipeline: Any, name: str, licence: str, prompts: Sequence[str]) -> None:
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.prompts = pipeline, tuple(prompts)
+        self._schedule = dict(pipeline.scheduler.config)  # kept: each sampler is made from it, not from the last one
+        if "beta_schedule" not in self._schedule:
+            raise UserError(f"{name}: its {type(pipeline.scheduler).__name__} is no noise schedule of betas")
         self._name, self._licence = name, licence
         self._parts = [
             FrozenModule(part, key) for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
@@ -99,16 +106,15 @@ class TextGenerator(DiffusionGenerator):
         self.check(labels, sampling)
         rngs = [stream(seed, f"noise of {self.sha256}") for seed in seeds]
         prompts = [self.prompts[label] for label in labels.tolist()]
-        return self._run(prompts, rngs, self._steps(sampling), sampling, device)
+        self.pipeline.to(device)
+        return self._run(prompts, rngs, self._steps(sampling), sampling)
 
-    def _run(
-        self, prompts: list[str], rngs: list[torch.Generator], steps: int, sampling: SamplingConfig, device: Any
-    ) -> Tensor:
+    def _run(self, prompts: list[str], rngs: list[torch.Generator], steps: int, sampling: SamplingConfig) -> Tensor:
         import diffusers
 
         kind = getattr(diffusers, _SCHEDULERS[sampling.sampler])
-        self.pipeline.to(device)
-        self.pipeline.scheduler = kind.from_config(self.pipeline.scheduler.config)
+        options = {"clip_sample": False} if sampling.sampler in ("ddpm", "ddim") else {}
+        self.pipeline.scheduler = kind.from_config(self._schedule, **options)
         eta = {"eta": sampling.eta} if sampling.eta else {}
         made = self.pipeline(
             prompt=prompts, num_inference_steps=steps, guidance_scale=sampling.guidance_scale, generator=rngs,
@@ -117,10 +123,7 @@ class TextGenerator(DiffusionGenerator):
         return made.images.float().clamp(0, 1)
 
     def _steps(self, sampling: SamplingConfig) -> int:
-        asked = sampling.num_sampling_steps
-        if not asked.isdigit() or not int(asked):
-            raise UserError(f"num_sampling_steps '{asked}': {self.name} takes one number of steps")
-        return int(asked)
+        return whole_steps(sampling.sampler, sampling.num_sampling_steps, self._schedule["num_train_timesteps"])
 
     def check(self, labels: Tensor | None, sampling: SamplingConfig) -> None:
         """Refuse what the pipeline's own walk cannot do."""
@@ -132,6 +135,8 @@ class TextGenerator(DiffusionGenerator):
                 raise UserError(f"{field}: {self.name} is a text-to-image pipeline, which guides in its own way")
         if isinstance(sampling.guidance_scale, tuple):
             raise UserError(f"guidance_scale: {self.name} takes one scale for all images of a call, not a range")
+        if sampling.guidance_scale < 1:
+            raise UserError(f"guidance_scale {sampling.guidance_scale}: {self.name} guides above 1 only; 1 is off")
         self._steps(sampling)
 
     def calls(self, sampling: SamplingConfig) -> tuple[int, int]:
@@ -145,7 +150,7 @@ class TextGenerator(DiffusionGenerator):
 
         def counted(steps: int) -> int:
             rngs = [stream(0, "count")]
-            return counting.multiply_adds(lambda: self._run([self.prompts[0]], rngs, steps, plain, "cpu"))
+            return counting.multiply_adds(lambda: self._run([self.prompts[0]], rngs, steps, plain))
 
         one, two = counted(1), counted(2)
         return one + (two - one) * (self.calls(sampling)[0] - 1)
@@ -165,12 +170,10 @@ def load_generator(
         UserError: nothing there, a corrupt file, prompts for a generator that reads none, or none for one that does.
     """
     kind = _pipeline_kind(reference)
-    if kind == "DiTPipeline":
-        return _dit(reference)
-    if kind is None or kind in ("DDPMPipeline", "DDIMPipeline"):
+    if kind is None or kind in ("DDPMPipeline", "DDIMPipeline", "DiTPipeline"):
         if prompts:
             raise UserError(f"{reference} is no text-to-image pipeline: it reads no prompt")
-        return DiffusionGenerator(load_teacher(reference, allow_code))
+        return _dit(reference) if kind == "DiTPipeline" else DiffusionGenerator(load_teacher(reference, allow_code))
     if not prompts:
         raise UserError(f"{reference} is a {kind}: give prompt (e.g. 'a photo of a {{}}') and class_names")
     return TextGenerator(_loaded(reference, "AutoPipelineForText2Image"), reference, _licence(reference), prompts)
@@ -180,41 +183,103 @@ def _pipeline_kind(reference: str) -> str | None:
     """The class that ``model_index.json`` names; None where there is no such file."""
     index = located(reference) / "model_index.json"
     if index.exists():
-        return read_json(index).get("_class_name")
+        return _named(index)
     if located(reference).exists() or not assets.looks_like_hub_id(reference) or assets.find(reference):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return read_json(Path(hf_hub_download(reference, "model_index.json"))).get("_class_name")
+        return _named(Path(hf_hub_download(reference, "model_index.json")))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None  # load_teacher says what is wrong
 
 
+def _named(index: Path) -> str:
+    card = read_json(index)
+    if not isinstance(card, dict) or "_class_name" not in card:
+        raise UserError(f"{index} names no pipeline (_class_name)")
+    return str(card["_class_name"])
+
+
 def _loaded(reference: str, kind: str) -> Any:
+    """A diffusers pipeline in float32, every tensor of its networks read from its files."""
     _torchvision_compat.install()
     import diffusers
+    from safetensors import SafetensorError
 
+    folder = located(reference)
     try:
-        return getattr(diffusers, kind).from_pretrained(located(reference), use_safetensors=True, safety_checker=None)
+        with _quietly():
+            if not folder.is_dir():
+                folder = Path(diffusers.DiffusionPipeline.download(reference, use_safetensors=True))
+            return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, **_networks(folder))
     except ImportError as error:
         raise UserError(f"{reference}: {str(error).strip().splitlines()[0]}; pip install transformers") from None
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{reference}: the pipeline cannot be loaded ({why[:160]})") from None
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The libraries log in many lines what is wrong, and we say it in one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _networks(folder: Path) -> dict[str, Any]:
+    """{part: network}, loaded one by one: only so does diffusers tell of tensors that a file lacks.
+
+    The part that looks for unsafe images is left out: it would paint them black.
+    """
+    found: dict[str, Any] = {}
+    for part, kind in read_json(folder / "model_index.json").items():
+        if part == "safety_checker":
+            found[part] = None
+        elif isinstance(kind, list) and kind[0] in ("diffusers", "transformers"):
+            library = importlib.import_module(kind[0])
+            library.utils.logging.disable_progress_bar()
+            made = getattr(library, kind[1])
+            if isinstance(made, type) and issubclass(made, torch.nn.Module):
+                found[part] = _network(made, folder / part)
+    return found
+
+
+def _network(kind: Any, folder: Path) -> torch.nn.Module:
+    network, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder.name}: its weights lack {len(missing)} tensors of its config (first: {missing[0]})")
+    return network.float()
+
+
+def as_official(transformer: torch.nn.Module) -> torch.nn.Module:
+    """Have diffusers' ``DiTTransformer2DModel`` compute as the official DiT, whose weights it was converted from.
+
+    Its sinusoid of the timestep and the epsilon of its second norm are others than the weights were trained with.
+    """
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # official: 10000^(-k/128), diffusers: 10000^(-k/127)
+        block.norm3.eps = 1e-6
+    return transformer
+
+
 def _dit(reference: str) -> LatentGenerator:
     pipeline = _loaded(reference, "DiTPipeline")
-    config = pipeline.transformer.config
+    config, scheduler = pipeline.transformer.config, dict(pipeline.scheduler.config)
     network = DiffusionTeacher(
-        pipeline.transformer,
+        as_official(pipeline.transformer),
         name=Path(reference).name,
         image_size=config.sample_size,
         in_channels=config.in_channels,
-        schedule=schedule_from_diffusers(dict(pipeline.scheduler.config)),
+        schedule=schedule_from_diffusers(scheduler),
         num_classes=config.num_embeds_ada_norm,
+        prediction=scheduler.get("prediction_type", "epsilon"),
         licence=_licence(reference),
         call_options={"return_dict": False},
     )

@@ -6,47 +6,72 @@ Shards are written aside and renamed, so two workers that make the same one do n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from diffrep.files import located
 from diffrep.frozen.pipelines import load_generator
 from diffrep.methods.synthesis import Synthesis, SynthesisConfig
 
 Images = Callable[[int], None]  # told of images as they are done
 Stop = Callable[[], bool]
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a worker has to know. synthesis: the plain values of a ``SynthesisConfig``, as JSON text."""
+    """What a worker has to know.
+
+    synthesis: the plain values of a ``SynthesisConfig``, as JSON text.
+    device:    where to compute; None: a GPU where the worker has one.
+    """
 
     generator: str
     synthesis: str
     seed: int
     folder: str
-    device: str
+    device: str | None = None
     allow_code: bool = False
 
     def open(self) -> Synthesis:
         """The set's plan with its generator loaded, once per process."""
-        return _opened(self)
+        return _opened(self.generator, self.synthesis, self.seed, self.allow_code)
 
     def make(self, number: int, report: Images = lambda images: None, stop: Stop = lambda: False) -> dict[str, Any]:
         """Make one shard, whatever else was made; returns its note."""
-        return self.open().make_shard(Path(self.folder), number, self.device, report, stop)
+        return self.open().make_shard(Path(self.folder), number, self.place(), report, stop)
+
+    def place(self) -> str:
+        """The device."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def anywhere(self) -> ShardJob:
+        """The same job for a worker that starts in another folder: paths in full."""
+        synthesis = _in_full(json.loads(self.synthesis))
+        return replace(self, generator=_full_path(self.generator), synthesis=json.dumps(synthesis))
 
 
 Engine = Callable[[ShardJob, Sequence[int], Images, Stop], None]
 
 
 @lru_cache(maxsize=1)
-def _opened(job: ShardJob) -> Synthesis:
-    config = SynthesisConfig.model_validate_json(job.synthesis)
-    generator = load_generator(job.generator, prompts(config), job.allow_code)
-    return Synthesis(generator, config, job.seed, job.allow_code)
+def _opened(generator: str, synthesis: str, seed: int, allow_code: bool) -> Synthesis:
+    config = SynthesisConfig.model_validate_json(synthesis)
+    return Synthesis(load_generator(generator, prompts(config), allow_code), config, seed, allow_code)
+
+
+def close() -> None:
+    """Let go of the generator: the next job loads it anew."""
+    _opened.cache_clear()
 
 
 def prompts(config: SynthesisConfig) -> list[str] | None:
@@ -54,7 +79,48 @@ def prompts(config: SynthesisConfig) -> list[str] | None:
     return [config.prompt.replace("{}", name) for name in config.class_names or ()] if config.prompt else None
 
 
+def _in_full(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _full_path(v) if k == "reference" else _in_full(v) for k, v in value.items()}
+
+
+def _full_path(reference: str) -> str:
+    """``reference`` itself, unless it is a file or a folder here."""
+    head, path = ("random:", reference[7:]) if reference.startswith("random:") else ("", reference)
+    found = located(path)
+    return head + str(found.resolve()) if found.exists() else reference
+
+
 def here(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
     """The engine without any machinery: one shard after the other, in this process."""
     for number in numbers:
         job.make(number, report, stop)
+
+
+class Noted:
+    """Tells of shards that others make, from the notes they leave in the folder."""
+
+    def __init__(self, job: ShardJob, numbers: Sequence[int], report: Images) -> None:
+        self.synthesis, self.folder, self.report = job.open(), Path(job.folder), report
+        self.waiting = set(numbers)
+
+    def look(self) -> None:
+        for number in [n for n in self.waiting if self.synthesis.is_made(self.folder, n)]:
+            self.waiting.remove(number)
+            self.report(len(self.synthesis.rows(number)))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Processes that are started here compute with one thread: several change rounding, and collide."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

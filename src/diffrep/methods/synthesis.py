@@ -8,49 +8,31 @@ device and build.
 Letters: B images of a block, K classes, N images of the set.
 Deviations from the official `AIGC_generate.py`: noise belongs to the image and not to its batch, and differs between
 classes (``noise="shared"`` reproduces the official start, equal for all classes); the unconditional half is left out
-where it has no effect; names carry no settings, the manifest does; a class may be refused by the teacher (``margin``).
+where it has no effect; names carry no settings, the manifest does; an image may be refused by a teacher (``margin``).
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffrep import losses
 from diffrep.config import Config
-from diffrep.data.shards import ImageFormat, Sample, finished_shard, write_manifest, write_shard
-from diffrep.errors import Interrupted, UserError
-from diffrep.files import read_json, write_json
-from diffrep.frozen.classifier import ClassifierConfig, ClassifierTeacher, load_classifier
-from diffrep.frozen.generator import DiffusionGenerator, Judge, SamplingConfig, guidance_scales
+from diffrep.data import shards
+from diffrep.data.shards import ImageFormat, Sample
+from diffrep.errors import Interrupted, RunError, UserError
+from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig, guidance_scales
+from diffrep.frozen.judges import HardConfig, Hardness, MarginConfig, Referee, identity
 from diffrep.randomness import derived_seed
 
-SETTINGS = "settings.json"  # written first: by it a folder of another set is known
-
-
-class MarginConfig(Config):
-    """Keep an image only where the teacher is sure of the class that was asked for."""
-
-    teacher: ClassifierConfig
-    margin: float = Field(gt=0, lt=1)  # probability of the asked class minus the largest other
-    tries: int = Field(4, ge=1)  # draws per slot; the last one is kept as it is, so that classes stay balanced
-
-
-class HardConfig(Config):
-    """Steer each walk towards images that a student finds hard and the teacher still knows (Hemmat et al. 2025)."""
-
-    student: ClassifierConfig
-    teacher: ClassifierConfig
-    entropy_weight: float = Field(1.0, ge=0)  # on the entropy of the student's answer; 0 is the control
-    class_weight: float = Field(1.0, ge=0)  # on the teacher's log probability of the asked class
+TIMED = 2e12  # multiply-adds that a CPU is asked for when a block is timed: about a minute of one core
 
 
 class SynthesisConfig(Config):
@@ -59,8 +41,9 @@ class SynthesisConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     images: Annotated[int, Field(ge=1)] | None = None  # N, spread evenly over the classes; or
     class_counts: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # images of each class
-    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # the generator's ids; a label counts along them
-    class_names: tuple[str, ...] | None = None  # of those classes; needed by `prompt`
+    # The generator's ids; a label counts along them.
+    classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # of those classes; needed by `prompt`
     prompt: str | None = None  # of a text-to-image generator, e.g. "a photo of a {}"
     noise: Literal["own", "shared"] = "own"  # shared: index i starts from the same noise in every class (official)
     block_size: int = Field(50, ge=1)  # images computed together; the last block is filled up
@@ -102,15 +85,15 @@ class Slot:
     index: int  # counts the images of one class
 
 
-def slots(config: SynthesisConfig, num_classes: int | None) -> list[Slot]:
-    """All slots in order: index 0 of every class, then index 1 of those that have one, ..."""
+def plan(config: SynthesisConfig, num_classes: int | None) -> np.ndarray:
+    """(N, 2) int64, label and index of every slot: index 0 of every class, then index 1 of those that have one, ..."""
     kinds = len(config.classes or config.class_names or range(num_classes or 0))
     if config.class_counts is None:
-        spread = [divmod(n, kinds)[::-1] if kinds else (-1, n) for n in range(config.total)]
-    else:
-        counts = config.class_counts
-        spread = [(k, i) for i in range(max(counts)) for k in range(len(counts)) if i < counts[k]]
-    return [Slot(n, label, index) for n, (label, index) in enumerate(spread)]
+        turns, places = np.divmod(np.arange(config.total), max(kinds, 1))
+        return np.stack([places if kinds else np.full_like(places, -1), turns], 1)
+    labels = np.repeat(np.arange(len(config.class_counts)), config.class_counts)
+    indices = np.concatenate([np.arange(count) for count in config.class_counts])
+    return np.stack([labels, indices], 1)[np.lexsort((labels, indices))]
 
 
 def image_seed(config: SynthesisConfig, seed: int, slot: Slot, attempt: int = 0) -> int:
@@ -127,34 +110,57 @@ class Synthesis:
 
     Raises:
         UserError: classes that the generator does not have, counts that do not fit, guidance without classes, more
-            steps than the schedule has, more shards than one image each.
+            steps than the schedule has, a teacher of other classes.
     """
 
     def __init__(self, generator: DiffusionGenerator, config: SynthesisConfig, seed: int, allow_code: bool) -> None:
         self.generator, self.config, self.seed = generator, config, seed
         _check_classes(generator, config)
-        self.slots = slots(config, generator.num_classes)
-        generator.check(self._labels(self.slots), config.sampling)
-        self.referee = load_classifier(config.margin.teacher, allow_code=allow_code) if config.margin else None
-        self.judge = hardness(config.hard, allow_code) if config.hard else None
-        if generator.num_classes is None and (config.margin or config.hard):
+        self.asked = tuple(range(generator.num_classes or 0) if config.classes is None else config.classes)
+        generator.check(torch.tensor(self.asked) if self.asked else None, config.sampling)
+        if not self.asked and (config.margin or config.hard):
             raise UserError(f"{generator.name} knows no classes: margin and hard ask for one")
+        known = (self.asked, generator.num_classes or 0, allow_code)
+        self.referee = Referee(config.margin, *known) if config.margin else None
+        self.judge = Hardness(config.hard, *known) if config.hard else None
+        self.plan = plan(config, generator.num_classes)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides about pixels, and no path: a classifier stands there by its weights."""
+        chosen = self.config.model_dump(mode="json")
+        if self.referee:
+            chosen["margin"]["teacher"] = identity(self.referee.teacher)
+        if self.judge:
+            chosen["hard"] |= {"student": identity(self.judge.student), "teacher": identity(self.judge.teacher)}
+        return {"generator": self.generator.sha256, "seed": self.seed, "synthesis": chosen}
+
+    # Shards
 
     @property
     def num_shards(self) -> int:
-        return -(-len(self.slots) // self.config.shard_size)
+        return -(-len(self.plan) // self.config.shard_size)
 
-    def settings(self) -> dict[str, Any]:
-        """All that decides about pixels."""
-        return {
-            "generator": self.generator.sha256,
-            "seed": self.seed,
-            "synthesis": self.config.model_dump(mode="json"),
-        }
+    def rows(self, number: int) -> range:
+        """The slots of one shard."""
+        size = self.config.shard_size
+        return range(number * size, min((number + 1) * size, len(self.plan)))
 
-    def missing(self, folder: Path) -> list[int]:
-        """The numbers of the shards that have to be made."""
-        return [n for n in range(self.num_shards) if finished_shard(folder, n) is None]
+    def begin(self, folder: Path) -> list[int]:
+        """Say what the folder will hold; the numbers of the shards that have to be made.
+
+        Raises:
+            UserError: it holds, or was begun for, another generator's images or other settings.
+        """
+        shards.begin_set(folder, self.settings())
+        known = shards.known_shards(folder)
+        missing = [n for n in range(self.num_shards) if shards.finished_shard(folder, n, known) is None]
+        for number in missing:
+            shards.forget_shard(folder, number)
+        return missing
+
+    def is_made(self, folder: Path, number: int) -> bool:
+        """Whether some worker has made this shard since :meth:`begin`; its bytes are not looked at."""
+        return shards.is_noted(folder, number)
 
     def make_shard(
         self,
@@ -165,53 +171,62 @@ class Synthesis:
         stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Draw one shard and write it whole; returns its note. ``report`` is told of each block's images."""
-        size, samples = self.config.shard_size, list[Sample]()
-        ours = self.slots[number * size : (number + 1) * size]
-        for start in range(0, len(ours), self.config.block_size):
+        began, cpu_began, drawn, samples = time.monotonic(), time.process_time(), 0, list[Sample]()
+        rows, size = self.rows(number), self.config.block_size
+        for start in range(rows.start, rows.stop, size):
             if stop():
                 raise Interrupted(f"stopped in shard {number}; the same command goes on from here")
-            block = ours[start : start + self.config.block_size]
-            samples += self._samples(block, device)
+            block = self.slots(range(start, min(start + size, rows.stop)))
+            made, attempts = self._block(block, device)
+            samples, drawn = samples + made, drawn + attempts * size
             report(len(block))
-        return write_shard(folder, number, samples, self.config.image_format)
+        about = {
+            "drawn": drawn,  # images computed, with those that filled up blocks and those that were refused
+            "seconds": round(time.monotonic() - began, 3),
+            "cpu_seconds": round(time.process_time() - cpu_began, 3),
+            "environment": shards.environment(device),
+        }
+        return shards.write_shard(folder, number, samples, self.config.image_format, about)
 
-    def _samples(self, block: list[Slot], device: torch.device | str) -> Iterator[Sample]:
-        """The images of one block; a slot whose image the teacher refuses is drawn again."""
+    # Images
+
+    def slots(self, rows: Sequence[int]) -> list[Slot]:
+        return [Slot(n, *self.plan[n].tolist()) for n in rows]
+
+    def _block(self, block: list[Slot], device: torch.device | str) -> tuple[list[Sample], int]:
+        """The images of one block and how often it was drawn: a slot whose image the teacher refuses is drawn again."""
         tries = self.config.margin.tries if self.config.margin else 1
         found: dict[int, Sample] = {}
         for attempt in range(tries):
-            open_slots = [slot for slot in block if slot.number not in found]
-            if not open_slots:
-                break
-            images, seeds = self._draw(open_slots, attempt, device)
-            sure = self._is_sure(images, open_slots) | (attempt + 1 == tries)
-            pixels = (images * 255 + 0.5).to(torch.uint8).cpu().numpy()  # the official rounding: floor(255 u + 1/2)
-            for k, slot in enumerate(open_slots):
+            missing = [slot for slot in block if slot.number not in found]
+            images, seeds = self._draw(missing, attempt, device)
+            sure = self._is_sure(images, missing) | (attempt + 1 == tries)
+            pixels = as_pixels(images)
+            for k, slot in enumerate(missing):
                 if sure[k]:
-                    found[slot.number] = Sample(
-                        f"{slot.number:08d}", pixels[k], slot.label, self._note(slot, seeds[k], attempt)
-                    )
-        return (found[slot.number] for slot in block)
+                    note = self._note(slot, seeds[k], attempt)
+                    found[slot.number] = Sample(f"{slot.number:08d}", pixels[k], slot.label, note)
+            if len(found) == len(block):
+                break
+        return [found[slot.number] for slot in block], attempt + 1
 
     def _draw(self, block: list[Slot], attempt: int, device: torch.device | str) -> tuple[Tensor, list[int]]:
         """(B, 3, H, W) in [0, 1]. The block is filled up with its last slot: another size would round otherwise."""
         full = block + block[-1:] * (self.config.block_size - len(block))
         seeds = [image_seed(self.config, self.seed, slot, attempt) for slot in full]
-        images = self.generator.sample(self._labels(full), seeds, self.config.sampling, device, self.judge)
+        images = self.generator.sample(self.labels(full), seeds, self.config.sampling, device, self.judge)
         return images[: len(block)], seeds[: len(block)]
 
-    def _labels(self, block: list[Slot]) -> Tensor | None:
+    def labels(self, block: list[Slot]) -> Tensor | None:
         """(B,) int64, in the generator's own numbers."""
-        if self.generator.num_classes is None:
-            return None
-        own = self.config.classes
-        return torch.tensor([slot.label if own is None else own[slot.label] for slot in block])
+        return torch.tensor([self.asked[slot.label] for slot in block]) if self.asked else None
 
     def _is_sure(self, images: Tensor, block: list[Slot]) -> Tensor:
-        if self.config.margin is None or self.referee is None:
+        """(B,) bool."""
+        labels = self.labels(block)
+        if self.referee is None or labels is None:
             return torch.ones(len(block), dtype=torch.bool)
-        labels = torch.tensor([slot.label for slot in block], device=images.device)
-        return (margin(self.referee.logits(images), labels) >= self.config.margin.margin).cpu()
+        return self.referee.is_sure(images, labels)
 
     def _note(self, slot: Slot, seed: int, attempt: int) -> dict[str, Any]:
         note: dict[str, Any] = {"index": slot.index, "seed": seed}
@@ -221,8 +236,25 @@ class Synthesis:
             note["guidance_scale"] = round(float(guidance_scales(self.config.sampling, [seed])), 6)
         return note | ({"attempt": attempt} if attempt else {})
 
+    # Cost
+
     def calls_per_image(self) -> int:
         return sum(self.generator.calls(self.config.sampling))
+
+    def counted(self, numbers: Sequence[int]) -> dict[str, int]:
+        """What some shards take, with what fills up their last blocks; a margin may take up to its ``tries`` of it."""
+        size = self.config.block_size
+        computed = sum(-(-len(self.rows(n)) // size) * size for n in numbers)
+        return {
+            "images": sum(len(self.rows(n)) for n in numbers),
+            "network_calls": computed * self.calls_per_image(),
+            "multiply_adds": computed * self.generator.multiply_adds(self.config.sampling),
+        }
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> uint8, rounded as the official code does: floor(255 u + 1/2)."""
+    return (images * 255 + 0.5).to(torch.uint8).cpu().numpy()
 
 
 def _check_classes(generator: DiffusionGenerator, config: SynthesisConfig) -> None:
@@ -238,80 +270,105 @@ def _check_classes(generator: DiffusionGenerator, config: SynthesisConfig) -> No
         raise UserError(f"{generator.name} has {classes} classes, {named[0]} names {length}; say which with classes")
 
 
-# The teacher's say
+# A whole set
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> (B,): probability of the asked class minus the largest other, in (-1, 1)."""
-    probs = logits.softmax(1)
-    asked = probs.gather(1, labels[:, None]).squeeze(1)
-    return asked - probs.scatter(1, labels[:, None], 0).amax(1)
+def finish(folder: Path, synthesis: Synthesis, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and what the set took, once every shard is there.
 
-
-def hardness(config: HardConfig, allow_code: bool) -> Judge:
-    """w_e H(p_student(. | x_0)) + w_c log p_teacher(y | x_0), what a steered walk climbs."""
-    student, teacher = (load_classifier(c, allow_code=allow_code) for c in (config.student, config.teacher))
-
-    def judge(images: Tensor, labels: Tensor) -> Tensor:
-        known = _differentiable(teacher, images).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-        puzzled = losses.entropy(_differentiable(student, images))
-        return config.entropy_weight * puzzled + config.class_weight * known
-
-    return judge
-
-
-def _differentiable(classifier: ClassifierTeacher, images: Tensor) -> Tensor:
-    """A frozen network's logits with a gradient to the images (its weights have none)."""
-    classifier.follow(images)
-    return classifier.module(classifier.normalise(images))
-
-
-# The folder of a set
-
-
-def begin(folder: Path, synthesis: Synthesis) -> None:
-    """Say what the folder will hold.
+    Args:
+        recipe: the plain values that the set can be made from again.
 
     Raises:
-        UserError: it holds, or was begun for, another generator's images or other settings.
+        RunError: a shard is missing or damaged.
     """
-    wanted, path = synthesis.settings(), folder / SETTINGS
-    if path.exists():
-        for key, value in read_json(path).items():
-            if value != wanted[key]:
-                what = {"generator": "images of another generator", "seed": "images of another seed"}
-                raise UserError(f"{folder} holds {what.get(key, 'images of other settings')}; choose another --out")
-    write_json(path, wanted)
-
-
-def finish(folder: Path, synthesis: Synthesis, reference: str) -> dict[str, Any]:
-    """The manifest, once every shard is there."""
-    notes = [finished_shard(folder, number) for number in range(synthesis.num_shards)]
-    lost = [number for number, note in enumerate(notes) if note is None]
-    if lost:
-        raise UserError(f"{folder}: shard {lost[0]} is missing or damaged; the same command makes it again")
-    generator, config = synthesis.generator, synthesis.config
-    kinds = range(generator.num_classes or 0) if config.classes is None else config.classes
+    known = shards.known_shards(folder)
+    found = [shards.finished_shard(folder, number, known) for number in range(synthesis.num_shards)]
+    notes = [note for note in found if note is not None]
+    if len(notes) < len(found):
+        number = found.index(None)
+        raise RunError(f"{folder}: shard {number} is missing or damaged; the same command makes it again")
+    generator = synthesis.generator
     about = {
         "generator": {
-            "reference": reference,
+            "reference": recipe["generator"],
             "name": generator.name,
             "sha256": generator.sha256,
             "licence": generator.licence,
             "labels_seen": generator.labels_seen,
         },
-        "classes": list(config.class_names or map(str, kinds)),
+        "classes": list(synthesis.config.class_names or map(str, synthesis.asked)),
+        "counts": shards.label_counts(synthesis.plan[:, 0]),
         "calls_per_image": synthesis.calls_per_image(),
-        "environment": environment(),
+        "environment": shards.common_environment(folder, notes),
+        "recipe": recipe,
     }
-    return write_manifest(folder, synthesis.settings(), [n for n in notes if n is not None], about)
+    return shards.write_manifest(folder, synthesis.settings(), notes, about), _cost(synthesis, notes)
 
 
-def environment() -> dict[str, Any]:
-    """What the bytes depend on besides the settings: device, threads and builds."""
+def _cost(synthesis: Synthesis, notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all shards together, whoever made them and when."""
+    drawn = sum(note.get("drawn", 0) for note in notes)
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        **{name: version(name) for name in ("torch", "diffusers", "pillow")},
+        "cpu_seconds": round(sum(note.get("cpu_seconds", 0) for note in notes), 2),
+        "seconds": round(sum(note.get("seconds", 0) for note in notes), 2),
+        "network_calls": drawn * synthesis.calls_per_image(),
+        "multiply_adds": drawn * synthesis.generator.multiply_adds(synthesis.config.sampling),
     }
+
+
+# Before a set: what it will cost, and something in its place
+
+
+def estimate(synthesis: Synthesis, device: torch.device | str = "cpu") -> tuple[dict[str, Any], np.ndarray]:
+    """What a set will take, counted, and timed on one block; and that block's pixels (B, 3, H, W) uint8.
+
+    On a CPU a block that would take minutes is timed on fewer images, or on a walk of two steps.
+    """
+    config, generator = synthesis.config, synthesis.generator
+    each, calls = generator.multiply_adds(config.sampling), synthesis.calls_per_image()
+    short = config.sampling.model_copy(update={"num_sampling_steps": "2"})
+    affordable = config.block_size if torch.device(device).type == "cuda" else max(1, int(TIMED / max(each, 1)))
+    block = synthesis.slots(range(min(config.block_size, affordable, len(synthesis.plan))))
+    images, seconds = _timed(synthesis, block, short, device)  # also warms up
+    if each <= TIMED or torch.device(device).type == "cuda":
+        images, seconds = _timed(synthesis, block, config.sampling, device)
+    else:
+        seconds *= calls / sum(generator.calls(short))
+    pixels = as_pixels(images)
+    counted = synthesis.counted(range(synthesis.num_shards))
+    found = {
+        **counted,
+        "shards": synthesis.num_shards,
+        "seconds": seconds / len(block) * counted["network_calls"] / calls,
+        "disk_bytes": len(synthesis.plan) * shards.bytes_per_image(pixels, config.image_format),
+        "licences": {"generator": generator.licence},
+    }
+    return found, pixels
+
+
+def _timed(
+    synthesis: Synthesis, block: list[Slot], sampling: SamplingConfig, device: torch.device | str
+) -> tuple[Tensor, float]:
+    seeds = [image_seed(synthesis.config, synthesis.seed, slot) for slot in block]
+    began = time.monotonic()
+    images = synthesis.generator.sample(synthesis.labels(block), seeds, sampling, device, synthesis.judge).cpu()
+    return images, time.monotonic() - began
+
+
+def write_stand_in(folder: Path, synthesis: Synthesis, image_size: int) -> None:
+    """A set of the right images and labels, all of them black: what later stages are costed against.
+
+    Shards of the same labels are one file, so it is made in no time and takes next to no disk.
+    """
+    black, written = np.zeros((3, image_size, image_size), np.uint8), dict[bytes, dict[str, Any]]()
+    notes = []
+    for number in range(synthesis.num_shards):
+        labels = synthesis.plan[list(synthesis.rows(number)), 0]
+        if labels.tobytes() not in written:
+            samples = [Sample(f"{k:08d}", black, label, {}) for k, label in enumerate(labels.tolist())]
+            written[labels.tobytes()] = shards.write_shard(folder, number, samples, synthesis.config.image_format, {})
+        notes.append(written[labels.tobytes()])
+    generator = {"labels_seen": synthesis.generator.labels_seen, "licence": synthesis.generator.licence}
+    about = {"generator": generator, "classes": list(synthesis.config.class_names or map(str, synthesis.asked))}
+    shards.write_manifest(folder, synthesis.settings(), notes, about)
