@@ -6,24 +6,23 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from folders import CHROMIUM, ENVIRONMENT, on_a_phone, page, row, rows, words
 from PIL import Image
 
 from diffrep.errors import UserError
 from diffrep.report.build import write_figure, write_report
-from diffrep.report.numbers import T95, Paired, binomial_se, compact, paired, score_words, shown
+from diffrep.report.numbers import T95, Paired, binomial_se, compact, paired, shown
+from diffrep.report.scores import score_words
 from diffrep.report.sections import is_non_commercial
 from diffrep.report.teachers import early_mass
 from diffrep.report.values import flat, references
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "CNN: <script>alert('arm')</script> $x^ & \"q\""
-ENVIRONMENT = {"packages": {"diffrep": "0.1.0", "torch": "2.13.0"}, "python": "3.11.7", "device": "a processor"}
 TIMESTEPS = [0, 100, 900]
 SCORES = {"untrained": 80.0, "uniform": 85.5, "policy": 88.25, "scratch": 84.0, "tuned": 90.0}
 
@@ -130,58 +129,6 @@ def write_study(folder: Path, seeds: list[int], about: str = "A study of nothing
     return folder
 
 
-class Reader(HTMLParser):
-    """Collects what the tests ask about; complains about tags that do not match."""
-
-    VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.rows, self.text, self.figures = [], [], [], [], 0
-        self.in_figure, self.alternatives, self.headings = False, [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        found = dict(attributes)
-        self.tags.append((tag, found))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "figure":
-            self.in_figure, self.figures = True, self.figures + 1
-        if self.in_figure and found.get("role") == "img":
-            self.alternatives.append(found.get("aria-label", ""))
-        if tag in ("h1", "h2", "h3"):
-            self.headings.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attributes: list) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, tag
-        if tag == "figure":
-            self.in_figure = False
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if {"td", "th"} & set(self.open) and self.rows:
-            self.rows[-1][-1] += data
-
-
-def page(folders: list[Path], tmp_path: Path) -> tuple[str, Reader]:
-    text = write_report(folders, tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    return text, Reader(text)
-
-
-def row(reader: Reader, name: str) -> list[str]:
-    return next([cell.strip() for cell in r] for r in reader.rows if r and r[0].strip() == name)
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     return write_study(tmp_path_factory.mktemp("one") / "study", [0])
@@ -210,11 +157,13 @@ def test_the_page_stands_alone_and_has_words_for_every_picture(which, request, t
 
 def test_the_table_holds_the_numbers_of_the_results(study, tmp_path):
     _, reader = page([study], tmp_path)
-    policy = row(reader, "learned policy")
-    assert policy[:7] == ["learned policy", "88.2", "70.1", "20", "1,280", "12.3 G", "24.7 G"]
-    assert policy[-1] == "50: task head, policy (through its reward)"
-    assert row(reader, "uniform t")[-1] == "none"
-    text = " ".join("".join(reader.text).split())
+    assert rows(reader, "learned policy")[:2] == [
+        ["learned policy", "88.2", "70.1"],
+        ["learned policy", "20", "1,280", "12.3 G", "24.7 G", "1.5", "50"],
+    ]
+    assert rows(reader, "uniform t")[1][-1] == "none"
+    assert row(reader, "50: task head, policy (through its reward)")[-1] == "CNN: learned policy"
+    text = words(reader)
     assert "the CNN that imitated a diffusion model at the timesteps a learned policy chose scores 88.2" in text
     assert "80.0 % untrained" in text
     assert "Best of 3 points: mid_block at t = 0, 85.0 %" in text and "give 70.0 % (dashed)" in text
@@ -362,29 +311,8 @@ def test_non_commercial_licences_are_recognised(text, closed):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_a_phone_shows_the_page_without_sideways_scrolling(seeds, tmp_path):
-    text, _ = page([seeds], tmp_path)
-    page_file = tmp_path / "page.html"
-    page_file.write_text(text.replace("</head>", "<base target=_self></head>").replace("<details>", "<details open>"))
-    frame = (
-        "<iframe id=f width=390 height=800 style='border:0' src=page.html></iframe><script>onload=()=>{"
-        "const d=document.getElementById('f').contentDocument.documentElement;"
-        "document.body.setAttribute('data-width', d.scrollWidth)}</script>"
-    )
-    (tmp_path / "frame.html").write_text(frame)
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--enable-logging=stderr",
-    ]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--virtual-time-budget=2000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    width = re.search(r'data-width="(\d+)"', found.stdout)
-    assert width is not None and int(width[1]) <= 390
-    assert "CONSOLE" not in found.stderr
+    width, console = on_a_phone(page([seeds], tmp_path)[0], tmp_path)
+    assert width <= 390 and "CONSOLE" not in console
 
 
 def test_a_comparison_says_which_labels_a_run_builds_on(tmp_path):

@@ -8,11 +8,12 @@ from pathlib import Path
 from diffrep.errors import UserError
 from diffrep.files import write_atomic
 from diffrep.report import pictures
+from diffrep.report.arms import arm_rows, arms_alt
 from diffrep.report.compare import compare_page
-from diffrep.report.numbers import score_words
 from diffrep.report.page import render
 from diffrep.report.reading import read_folder
-from diffrep.report.study import arm_rows, arms_alt, study_page
+from diffrep.report.scores import axis_words
+from diffrep.report.study import study_page
 from diffrep.report.values import Study
 
 
@@ -39,7 +40,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 def write_figure(study_dir: Path, out_svg: Path) -> Path:
-    """The arms chart of a study as an SVG file of its own, on white.
+    """The arms chart of a study as an SVG file of its own, on white: the arms that its own score judges.
 
     Raises:
         UserError: the folder holds no study, or none of its arms has a score.
@@ -48,6 +49,7 @@ def write_figure(study_dir: Path, out_svg: Path) -> Path:
     name = study.metric() if isinstance(study, Study) else None
     if not isinstance(study, Study) or name is None:
         raise UserError(f"{study_dir} holds no study with scores; the arms chart needs one")
-    svg = pictures.arms_chart(arm_rows(study), f"% correct, {score_words(name)}")
-    write_atomic(Path(out_svg), pictures.standalone(svg, f"{study.name}: scores of all arms", arms_alt(study)))
+    judged = study.contests()[0]
+    svg = pictures.arms_chart(arm_rows(judged), axis_words(name))
+    write_atomic(Path(out_svg), pictures.standalone(svg, f"{study.name}: scores of all arms", arms_alt(judged)))
     return Path(out_svg)

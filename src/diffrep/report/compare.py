@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from diffrep.report import pictures, sections, teachers
-from diffrep.report.numbers import binomial_se, labels_in, listed, score_words, shown
+from diffrep.report import pictures, sections, sets, teachers
+from diffrep.report.numbers import binomial_se, listed, shown
 from diffrep.report.page import Block, Page, Picture, Section, Table, Text
+from diffrep.report.scores import LOW, axis_words, labels_in, meanings, score_words
 from diffrep.report.sections import labels_text
 from diffrep.report.values import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
 
@@ -27,6 +28,7 @@ def compare_page(found: Sequence[Run | Study]) -> Page:
         *(teachers.sweep(e) for e in entries if e.kind == "probe"),
         teachers.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
         teachers.samples(entries),
+        sets.drawn_sets(entries),
         Section("What was set differently" if len(entries) > 1 else "Settings", _settings(entries)),
         sections.licences(entries),
         Section("Machine", sections.environments([(e.label, r.environment) for e in entries for r in e.runs])),
@@ -80,14 +82,14 @@ def _overview(entries: Sequence[Entry]) -> list[Block]:
     alt = "; ".join(f"{e.label} {shown(list(e.score(name).values()))}" for e in entries if e.score(name))
     marks = "large dots are means, small dots seeds, bars one standard deviation"
     caption = f"{score_words(name).capitalize()}: {marks}. The axis does not begin at zero. {_noise(entries, name)}"
-    chart = pictures.arms_chart(rows, f"% correct, {score_words(name)}")
+    chart = pictures.arms_chart(rows, axis_words(name))
     return [*blocks, Picture(f"Score in percent ({score_words(name)}). {alt}.", caption, chart)]
 
 
 def _noise(entries: Sequence[Entry], name: str) -> str:
     """How sure one score is, given the test set."""
     images = [s["test_images"] for e in entries for s in e.scores.values() if s.get("test_images")]
-    if not images:
+    if not images or name in LOW:
         return ""
     error = binomial_se(fmean(v for e in entries for v in e.score(name).values()), min(images))
     return (
@@ -109,16 +111,10 @@ def _scores(entries: Sequence[Entry]) -> Section:
         for e in entries
     ]
     caption = "Scores in percent; over several seeds: mean ± standard deviation (number of seeds)"
-    notes: list[Block] = [Text(READ, "note")] if names else []
+    notes: list[Block] = [Text(meanings(names), "note")] if names else []
     if any(labels_in(n) for n in names):
         notes.append(Text("A score with a number of labels was fitted with that many labelled images.", "note"))
     return Section("Results", [Table(caption, head, rows), *notes])
-
-
-READ = (
-    "Linear probe: the network is frozen and the simplest classifier learns from its output. k-NN: the class of the "
-    "most similar labelled image. Top-1: the network's own last layer names the image."
-)
 
 
 def _seeds(entry: Entry) -> str:

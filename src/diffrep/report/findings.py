@@ -1,16 +1,23 @@
-"""What beats what: the policy against its rivals, fine-tuning against scratch, seed by seed."""
+"""What beats what, seed by seed: the policy against its rivals, fine-tuning against scratch, drawn images against real
+ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffrep.report.numbers import MINUS, Paired, paired, score_words, sentence
+from diffrep.report.numbers import MINUS, Paired, paired, sentence
 from diffrep.report.page import Folded, Notes, Section, Table, Text
+from diffrep.report.scores import LOW, score_words, short_words
+from diffrep.report.sweeps import settings_in
 from diffrep.report.values import Entry, Study, role
 
-RIVALS = ("uniform", "uniform_each", "fixed", "random", "untrained")  # what a policy is held against
-ASKED = ("uniform", "uniform_each", "fixed", "scratch")  # rivals worth a sentence
+RIVALS = {  # whom the arms of a role are held against
+    "policy": ("uniform", "uniform_each", "fixed", "random", "untrained"),
+    "drawn": ("real", "scratch", "drawn_labels", "photographs", "one_image", "noise", "random", "untrained"),
+}
+ASKED = ("uniform", "uniform_each", "fixed", "scratch", "real", "drawn_labels")  # rivals worth a sentence
+ALL = "All comparisons, one by one"
 
 
 @dataclass(frozen=True)
@@ -28,20 +35,26 @@ class Pair:
 
 
 def pairs(study: Study) -> list[Pair]:
-    """Every comparison the arms allow, student by student."""
-    return [pair for student in study.students for pair in _pairs(study, student)]
+    """Every comparison the arms allow, student by student; arms that different scores judge never meet."""
+    return [pair for one in study.contests() for student in one.students for pair in _pairs(one, student)]
 
 
 def _pairs(study: Study, student: str) -> list[Pair]:
     roles, name = study.by_role(student), study.metric() or ""
-    wanted = [(p, r, name) for p in roles.get("policy", []) for key in RIVALS for r in roles.get(key, [])]
+    wanted = [
+        (ours, rival, name)
+        for hero, rivals in RIVALS.items()
+        for ours in roles.get(hero, [])
+        for key in rivals
+        for rival in roles.get(key, [])
+    ]
     for score in dict.fromkeys([name, "top1"]):
         wanted += [(t, s, score) for t in roles.get("tuned", []) for s in roles.get("scratch", [])]
     images = study.test_images()
     return [
         Pair(student, ours, rival, score, found)
         for ours, rival, score in wanted
-        if (found := paired(ours.score(score), rival.score(score), images)) is not None
+        if (found := paired(ours.score(score), rival.score(score), 0 if score in LOW else images, score in LOW))
     ]
 
 
@@ -58,13 +71,12 @@ def findings(study: Study) -> Section | None:
     )
     note = (
         f"{len(found)} comparisons stand here; of twenty without any true difference, one would look like one. "
-        f"Differences are taken within a seed: same labelled images, same diffusion model."
+        f"Differences are taken within a seed: same labelled images, same diffusion model, same teacher."
     )
     table = Table("First arm minus second, in points", ("", "difference", "reading"), _rows(study, found), True)
-    return Section("What beats what", [Text(opening), Notes(verdicts(study)), Folded(ALL, [table]), Text(note, "note")])
-
-
-ALL = "All comparisons, one by one"
+    said = verdicts(study)
+    notes = [Notes(said)] if said else []
+    return Section("What beats what", [Text(opening), *notes, Folded(ALL, [table]), Text(note, "note")])
 
 
 def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
@@ -80,9 +92,11 @@ def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
 def verdicts(study: Study) -> list[tuple[str, str]]:
     """(question, answer) each, with the answer of every student."""
     answers: dict[str, list[str]] = {}
-    for pair in pairs(study):
-        if role(pair.rival, study.entries) in ASKED:
-            question = f"{sentence(pair.title('against'))} ({score_words(pair.score).partition(',')[0]})"
-            who = f"{pair.student} " if pair.student else ""
+    found = pairs(study)
+    several = len({pair.student for pair in found}) > 1
+    for pair in found:
+        if role(pair.rival, study.entries) in ASKED and not settings_in(pair.ours.short):  # a sweep has its picture
+            question = f"{sentence(pair.title('against'))} ({short_words(pair.score)})"
+            who = f"{pair.student} " if pair.student and several else ""
             answers.setdefault(question, []).append(f"{who}{pair.found.shown()} ({pair.found.word()})")
     return [(question, f"{'; '.join(said)}.") for question, said in answers.items()]

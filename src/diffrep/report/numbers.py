@@ -55,7 +55,8 @@ class Paired:
     """The difference of two arms, seed by seed, in points."""
 
     differences: tuple[float, ...]
-    noise: float = 0.0  # standard error of one difference that the test set's size alone would give
+    noise: float | None = None  # standard error of one difference from the test set's size alone; None: not known
+    is_low_better: bool = False  # whether a negative difference is good news
 
     @property
     def mean(self) -> float:
@@ -80,17 +81,20 @@ class Paired:
         """The reading in two or three words."""
         half = self.half_width()
         if half is not None:
-            return "not told apart" if abs(self.mean) <= half else "better" if self.mean > 0 else "worse"
+            is_better = (self.mean > 0) != self.is_low_better
+            return "not told apart" if abs(self.mean) <= half else "better" if is_better else "worse"
         if self.mean == 0:
             return "equal"
         side = "higher" if self.mean > 0 else "lower"
+        if self.noise is None:
+            return side
         return f"{side}, {'within' if abs(self.mean) < 2 * self.noise else 'beyond'} the noise"
 
     def reading(self) -> str:
         """What this difference allows one to say."""
         half = self.half_width()
         if half is None:
-            return f"{self.word()}{'' if self.mean == 0 else ' of the test set'}; one seed"
+            return f"{self.word()}{' of the test set' if self.mean and self.noise is not None else ''}; one seed"
         seeds = f"higher in {self.above} of {len(self.differences)} seeds"
         return f"{self.word()}: {seeds}; 95 % interval {signed(self.mean - half)} to {signed(self.mean + half)}"
 
@@ -100,31 +104,20 @@ def signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", MINUS)
 
 
-def paired(ours: Mapping[int, float], other: Mapping[int, float], test_images: int) -> Paired | None:
+def paired(
+    ours: Mapping[int, float], other: Mapping[int, float], test_images: int, is_low_better: bool = False
+) -> Paired | None:
     """``ours`` minus ``other`` over the seeds both have; None if they share none.
 
-    The noise takes the two scores as independent. They share their test images, so it is on the careful side.
+    The noise takes the two scores as independent. They share their test images, so it is on the careful side. It is
+    not known without a number of test images, nor for a score that is no share of them (0).
     """
     seeds = sorted(ours.keys() & other.keys())
     if not seeds:
         return None
     errors = [binomial_se(fmean(side.values()), test_images) for side in (ours, other)]
-    return Paired(tuple(ours[s] - other[s] for s in seeds), math.hypot(*errors))
-
-
-def score_words(name: str) -> str:
-    """``linear_probe_50`` -> ``linear probe, 50 labels``."""
-    head, _, count = name.rpartition("_")
-    words = {"linear_probe": "linear probe", "knn": "k-NN"}
-    if head in words and count.isdigit():
-        return f"{words[head]}, {int(count):,} labels"
-    return {"top1": "top-1 of its own classifier"}.get(name, name.replace("_", " "))
-
-
-def labels_in(name: str) -> int | None:
-    """How many labels a score's name says it was fitted with."""
-    count = name.rpartition("_")[2]
-    return int(count) if count.isdigit() else None
+    noise = math.hypot(*errors) if test_images else None
+    return Paired(tuple(ours[s] - other[s] for s in seeds), noise, is_low_better)
 
 
 def listed(items: Sequence[str]) -> str:

@@ -39,6 +39,9 @@ class Picture:
     source: str = ""
 
 
+FITS, NAME, LONG = 80, 22, 24  # characters: of a table as wide as the text, of its first column, of a cell that wraps
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of text, the first cell of each its name; a row of one cell is a heading. prose: text, not numbers."""
@@ -51,7 +54,13 @@ class Table:
 
     @property
     def is_wide(self) -> bool:
-        return not self.prose and len(self.head) > 7
+        """Whether a row, head words broken and long cells wrapped, wants more than the width of the text."""
+        rows = [row for row in self.rows if len(row) == len(self.head)]
+        columns = [
+            (max(map(len, re.split(r"[\s-]", name))), *cells) for name, *cells in zip(self.head, *rows, strict=True)
+        ]
+        wanted = sum(max(word, *(min(len(c), LONG) for c in cells), 5) + 3 for word, *cells in columns[1:])
+        return not self.prose and NAME + wanted > FITS
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Page:
     title: str
     about: str
     sections: Sequence[Section]
+    footer: str = "Made by diffrep from run folders alone. One file; it loads nothing from the network."
 
 
 def render(page: Page) -> str:

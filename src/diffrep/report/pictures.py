@@ -170,11 +170,47 @@ def sweep_chart(taps: Mapping[str, Mapping[int, tuple[float, float]]], pixels: t
         if pixels:
             axes.axhline(pixels[0], color=INK, linestyle=(0, (5, 3)), label="raw pixels")
             axes.axhspan(pixels[0] - pixels[1], pixels[0] + pixels[1], color=INK, alpha=0.06, linewidth=0)
-        kept = range(0, len(timesteps), -(-len(timesteps) // 11))
-        axes.set_xticks(list(kept), [str(timesteps[i]) for i in kept])
-        axes.set(xlabel="timestep t of the diffusion model (listed values, evenly spaced)", ylabel="% correct")
+        _listed(axes, timesteps)
+        axes.set(xlabel=f"timestep t of the diffusion model {LISTED}", ylabel="% correct")
         figure.legend(loc="lower center", ncols=3, columnspacing=1.2, handlelength=2.2)
         return _svg(figure, "sweep")
+
+
+LISTED = "(listed values, evenly spaced)"
+
+
+def _listed(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks for values that stand side by side whatever their distance."""
+    kept = range(0, len(values), -(-len(values) // 11))
+    axes.set_xticks(list(kept), [f"{values[i]:g}" for i in kept])
+
+
+def settings_chart(
+    lines: Mapping[str, Mapping[float, Sequence[float]]],
+    level: tuple[str, float] | None,
+    axis: tuple[str, str],
+    name: str,
+) -> Markup:
+    """A score against a setting. lines: label -> value of the setting -> scores of its seeds; axis: their words.
+
+    Points are means, bars standard deviations; ``level`` is another arm's mean, drawn as a dashed line.
+    """
+    place = {x: i for i, x in enumerate(sorted({x for points in lines.values() for x in points}))}
+    with _style(name):
+        figure = _figure(320)
+        axes = figure.add_axes((0.12, 0.28, 0.85, 0.69))
+        for number, (label, points) in enumerate(lines.items()):
+            x, mean = [place[v] for v in sorted(points)], [fmean(points[v]) for v in sorted(points)]
+            sd = [stdev(points[v]) if len(points[v]) > 1 else 0.0 for v in sorted(points)]
+            look = _look(number) | {"marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+            axes.errorbar(x, mean, yerr=sd if any(sd) else None, capsize=3, label=_cut(label), **look)
+        if level:
+            axes.axhline(level[1], color=INK, linestyle=(0, (5, 3)), label=_cut(level[0]))
+        _listed(axes, list(place))
+        axes.set(xlabel=f"{axis[0]} {LISTED}", ylabel=axis[1], xlim=(-0.3, len(place) - 0.7))
+        if len(lines) > 1 or level:
+            figure.legend(loc="lower center", ncols=2, columnspacing=1.2, handlelength=2.6)
+        return _svg(figure, name)
 
 
 @dataclass(frozen=True)
@@ -224,7 +260,10 @@ def _ended(axes: Axes, looks: Looks) -> None:
 
 
 def curves_chart(panels: Mapping[str, Sequence[Curve]], unit: str, name: str) -> Markup:
-    """A panel per student, one below the other; a curve of the same label has the same colour in all of them."""
+    """A panel per student, one below the other; a curve of the same label has the same colour in all of them.
+
+    Where values lie far apart the axis is logarithmic, unless ``unit`` begins with %.
+    """
     labels = list(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
     rows = -(-len(labels) // 2)
     tall, head, foot, legend = 170, 26, 38, 18 * rows + 10
@@ -250,7 +289,7 @@ def _curves(axes: Axes, curves: Sequence[Curve], labels: Sequence[str], unit: st
         single: dict[str, Any] = {"marker": "o"} if len(curve.x) == 1 else {}
         axes.plot(curve.x, curve.y, **_look(labels.index(curve.label)), **single)
     values = [v for curve in curves for v in curve.y]
-    if values and min(values) > 0 and max(values) > 5 * min(values):
+    if not unit.startswith("%") and values and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

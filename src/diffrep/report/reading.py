@@ -30,14 +30,16 @@ def read_folder(path: Path) -> Run | Study:
 
 
 def _run(path: Path, recipe: dict[str, Any]) -> Run:
-    return Run(path, recipe, _json(path / "result.json"), _metrics(path), _json(path / "environment.json") or {})
+    return Run(
+        path, recipe, read_object(path / "result.json"), _metrics(path), read_object(path / "environment.json") or {}
+    )
 
 
 def _study(path: Path, recipe: dict[str, Any]) -> Study:
-    result = _json(path / "result.json")
+    result = read_object(path / "result.json")
     recorded = (result or {}).get("recorded", {})
     entries = tuple(_stage(path, name, stage, recipe, recorded) for name, stage in recipe["stages"].items())
-    return Study(path, recipe, result, _json(path / "environment.json") or {}, entries)
+    return Study(path, recipe, result, read_object(path / "environment.json") or {}, entries)
 
 
 def _stage(path: Path, name: str, stage: Any, study: Mapping[str, Any], recorded: Mapping[str, Any]) -> Entry:
@@ -53,7 +55,12 @@ def _stage(path: Path, name: str, stage: Any, study: Mapping[str, Any], recorded
     return Entry(name, label, stage, runs, tuple(references(stage)), scores, len(folders))
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object, numbers that are none as None; None where there is no file.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
     if not path.exists():
         return None
     found = _finite(read_json(path))

@@ -12,54 +12,68 @@ from diffrep.report.numbers import MISSING, average, compact, listed, sentence
 from diffrep.report.page import Bars, Block, Folded, Picture, Section, Table, Text
 from diffrep.report.values import Entry, flat
 
-LOSS = {"repfusion": "kd_loss"}  # the logged number a kind of training is about; others: loss
+# The logged numbers that a kind of training is about: key in the log, what the picture calls it.
+LOGGED = {
+    "denoiser": {"loss": "loss"},
+    "repfusion": {"kd_loss": "kd_loss"},
+    "dmkd": {"kd_loss": "kd_loss", "agreement": "% agreement"},
+    "finetune": {"loss": "loss"},
+}
+KINDS = {
+    "denoiser": "diffusion model",
+    "repfusion": "distillation (RepFusion)",
+    "dmkd": "distillation of a classifier (DM-KD)",
+    "finetune": "fine-tuning",
+    "probe": "probe of a diffusion model",
+    "features": "stored features",
+    "synthesis": "drawn images",
+    "answers": "stored answers of a classifier",
+}
+NO_TRAINING = ("probe", "features", "synthesis", "answers")  # kinds of stages in which nothing learns
+CURVE_WORDS = {
+    ("repfusion", "kd_loss"): "How far the students' features are from those they imitate (kd_loss). Curves of "
+    "different timesteps have different targets, so a lower one is not a better student.",
+    ("dmkd", "kd_loss"): "How far the students' answers are from their teacher's, on the images they learn from "
+    "(kd_loss). Curves of different images have different targets, so a lower one is not a better student.",
+    ("dmkd", "agreement"): "On how many of the images they learn from the students name what their teacher names, in "
+    "percent. To agree on images of nothing is no skill; only the test images tell what it is worth.",
+    ("finetune", "loss"): "Cross-entropy on the labelled training images. Near zero means that these images are "
+    "learned by heart; only the test images tell what that is worth.",
+    ("denoiser", "loss"): "How badly the diffusion model guesses the noise that was added to an image (mean squared "
+    "error).",
+}
 
 
 def curve(entry: Entry, key: str) -> pictures.Curve | None:
-    """A logged number over the steps, the mean of the seeds that logged it."""
+    """A logged number over the steps, the mean of the seeds that logged it; a share in percent."""
     found: dict[int, list[float]] = {}
+    scale = 100 if key == "agreement" else 1
     for run in entry.runs:
         for line in run.metrics:
             if isinstance(line.get(key), int | float):
-                found.setdefault(line["step"], []).append(line[key])
+                found.setdefault(line["step"], []).append(scale * line[key])
     steps = sorted(found)
     return pictures.Curve(entry.short, steps, [fmean(found[s]) for s in steps]) if steps else None
 
 
-KINDS = {
-    "denoiser": "diffusion model",
-    "repfusion": "distillation (RepFusion)",
-    "finetune": "fine-tuning",
-    "probe": "probe of a diffusion model",
-    "features": "stored features",
-}
-WORDS = {
-    "repfusion": "How far the students' features are from those they imitate (kd_loss). Curves of different timesteps "
-    "have different targets, so a lower one is not a better student.",
-    "finetune": "Cross-entropy on the labelled training images. Near zero means that these images are learned by "
-    "heart; only the test images tell what that is worth.",
-    "denoiser": "How badly the diffusion model guesses the noise that was added to an image (mean squared error).",
-}
-
-
 def curves(entries: Sequence[Entry]) -> Section | None:
-    """Learning curves, a picture per kind of training and a panel per student."""
+    """Learning curves, a picture per kind of training and logged number, a panel per student."""
     blocks: list[Block] = []
-    for kind in ("denoiser", "repfusion", "finetune"):
+    for kind, key in ((kind, key) for kind, keys in LOGGED.items() for key in keys):
         panels: dict[str, list[pictures.Curve]] = {}
         for entry in entries:
-            if entry.kind == kind and (found := curve(entry, LOSS.get(kind, "loss"))) is not None:
+            if entry.kind == kind and (found := curve(entry, key)) is not None:
                 panels.setdefault(entry.student or KINDS[kind], []).append(found)
         if panels:
-            blocks.append(_curves_picture(kind, panels))
+            blocks.append(_curves_picture(kind, key, panels))
     return Section("Learning curves", blocks) if blocks else None
 
 
-def _curves_picture(kind: str, panels: Mapping[str, Sequence[pictures.Curve]]) -> Picture:
-    key = LOSS.get(kind, "loss")
+def _curves_picture(kind: str, key: str, panels: Mapping[str, Sequence[pictures.Curve]]) -> Picture:
+    unit = LOGGED[kind][key]
     ends = [f"{title} {c.label}: {c.y[0]:.3g} to {c.y[-1]:.3g}" for title, curves in panels.items() for c in curves]
-    alt = f"{key} from the first to the last logged step. {'; '.join(ends)}."
-    return Picture(alt, WORDS[kind], pictures.curves_chart(panels, key, f"curves-{kind}"))
+    alt = f"{unit} from the first to the last logged step. {'; '.join(ends)}."
+    return Picture(alt, CURVE_WORDS[kind, key], pictures.curves_chart(panels, unit, f"curves-{kind}-{key}"))
 
 
 def times(entries: Sequence[Entry], total: float | None) -> Section | None:
@@ -89,14 +103,22 @@ def budget_cells(entry: Entry) -> list[str]:
 
 
 def labels_text(entry: Entry) -> str:
-    """``50: task head, policy``; ``none``."""
+    """``50: task head, policy``; ``none``. Labels that a generator was given to draw by are named as such."""
     results = entry.results()
     if not results:
         return MISSING
     by_count: dict[int, list[str]] = {}
     for part, count in (results[0].get("labels_seen") or {}).items():
         by_count.setdefault(count, []).append(part)
-    return "; ".join(f"{count:,}: {', '.join(parts)}" for count, parts in by_count.items()) or "none"
+    is_drawn = str(entry.recipe.get("data", {}).get("source")).startswith("synthetic:")
+    kind = " of drawn images" if is_drawn else ""
+    return "; ".join(f"{count:,}{kind}: {', '.join(parts)}" for count, parts in by_count.items()) or "none"
+
+
+def label_counts(entry: Entry) -> str:
+    """The same in numbers alone: ``50``; ``1,980 drawn``; ``none``."""
+    parts = [part.partition(":")[0].replace(" of drawn images", " drawn") for part in labels_text(entry).split("; ")]
+    return "; ".join(parts)
 
 
 def licences(entries: Sequence[Entry]) -> Section:

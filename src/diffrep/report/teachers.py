@@ -24,8 +24,8 @@ def samples(entries: Sequence[Entry]) -> Section | None:
     if not blocks:
         return None
     text = (
-        "A diffusion model learns to turn noise into images, step by step. Nothing here needs these drawings; they "
-        "show whether the model has understood its images before others learn from it."
+        "A diffusion model learns to turn noise into images, step by step. Nothing here learns from these drawings; "
+        "they show whether the model has understood its images before others learn from it."
     )
     return Section("What the diffusion model draws", [Text(text), *blocks])
 

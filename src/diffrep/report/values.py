@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 STAGE = "stage:"
+BEFORE_STAGE = ("random:", "synthetic:")  # what may stand before a reference to a stage
+CLASSIFIER = ("top1", "top5", "agreement", "ece", "best_top1")  # scores of a network's own last layer
 SILENT = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs")  # change no result
 NO_SCORE = ("test_images",)  # stands among the scores and is none
 
@@ -61,7 +64,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """``denoiser``, ``repfusion``, ``finetune``, ``probe``, ``features``."""
+        """``denoiser``, ``repfusion``, ``finetune``, ``dmkd``; ``probe``, ``features``, ``synthesis``, ``answers``."""
         kind = str(self.recipe.get("kind", "recipe"))
         return str(self.recipe.get("method", {}).get("kind", kind)) if kind == "recipe" else kind
 
@@ -83,6 +86,10 @@ class Entry:
 
     def score(self, name: str) -> dict[int, float]:
         return {seed: s[name] for seed, s in self.scores.items() if isinstance(s.get(name), int | float)}
+
+    def mean(self, name: str) -> float:
+        """Of a score that it has, over the seeds."""
+        return fmean(self.score(name).values())
 
     def state(self) -> str:
         """``finished``, or what is missing. Scores without a folder come from recorded evidence."""
@@ -128,8 +135,24 @@ class Study:
 
     def metric(self) -> str | None:
         """The score the study is about; without one named, the first that an arm has."""
-        names = [n for arm in self.arms for scores in arm.scores.values() for n in scores if n not in NO_SCORE]
-        return self.recipe.get("headline") or next(iter(names), None)
+        return self.recipe.get("headline") or next(iter(score_names(self.arms)), None)
+
+    def judged_by(self, entry: Entry) -> str | None:
+        """The score that ``entry`` is held against others by: the study's own, or the first it has instead."""
+        wanted, names = self.metric(), score_names([entry])
+        if names:
+            return wanted if wanted in names else names[0]
+        if entry.recipe.get("evaluate", {}).get("protocol") == "classifier":
+            return wanted if wanted in CLASSIFIER else "top1"
+        return wanted
+
+    def contests(self) -> list[Study]:
+        """The study once for each score that arms are held against each other by, with those arms alone."""
+        groups: dict[str | None, dict[str, str]] = {}
+        for arm in self.arms:
+            groups.setdefault(self.judged_by(arm), {})[arm.name] = arm.label
+        order = sorted(groups, key=lambda name: name != self.metric())
+        return [replace(self, recipe=self.recipe | {"headline": name, "arms": groups[name]}) for name in order]
 
     def by_role(self, student: str) -> dict[str, list[Entry]]:
         """One student's arms by what they are there for."""
@@ -142,6 +165,12 @@ class Study:
         """How many images the scores are measured on; 0 when unknown."""
         counts = [s["test_images"] for arm in self.arms for s in arm.scores.values() if s.get("test_images")]
         return int(min(counts)) if counts else 0
+
+
+def score_names(entries: Sequence[Entry]) -> list[str]:
+    """Every score that one of them has, in order."""
+    found = [n for entry in entries for scores in entry.scores.values() for n in scores if n not in NO_SCORE]
+    return list(dict.fromkeys(found))
 
 
 def entry_of(label: str, runs: Sequence[Run]) -> Entry:
@@ -188,8 +217,8 @@ def _printed(value: Any) -> str:
 def references(value: Any) -> list[str]:
     """The stages that a stage's settings name, each once."""
     if isinstance(value, str):
-        text = value.removeprefix("random:")
-        return [text.removeprefix(STAGE)] if text.startswith(STAGE) else []
+        before, mark, name = value.partition(STAGE)
+        return [name] if mark and before in ("", *BEFORE_STAGE) else []
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return list(dict.fromkeys(name for v in inner for name in references(v)))
 
@@ -205,22 +234,41 @@ def builds_on(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
     return [e for e in entries if e.name in found]
 
 
+# What a student of a classifier learned from, by the kind of its data source; any other kind is real images.
+SOURCES = {"synthetic": "drawn", "photographs": "photographs", "one_image": "one_image", "noise": "noise"}
+
+
 def role(entry: Entry, entries: Sequence[Entry]) -> str:
-    """What an arm is there for: untrained, random, policy, uniform, uniform_each, fixed, scratch, tuned or other."""
+    """What an arm is there for: a word that arms.ROLES explains, or ``other``."""
     method = entry.recipe.get("method", {})
+    source = SOURCES.get(str(entry.recipe.get("data", {}).get("source")).partition(":")[0], "real")
     if entry.kind == "finetune":
-        return "tuned" if method.get("init") else "scratch"
-    if entry.kind != "repfusion":
+        started = "tuned" if method.get("init") else "drawn_labels" if source == "drawn" else "scratch"
+        return "teacher" if started == "scratch" and _teaches(entry, entries) else started
+    if entry.kind not in ("repfusion", "dmkd"):
         return "other"
     if entry.recipe.get("train", {}).get("steps") == 0:
         return "untrained"
-    teachers = [method.get("teacher"), *(e.recipe.get("teacher") for e in entries if e.name in _hints(method))]
-    if any(str(t).startswith("random:") for t in teachers):
+    if any(text.startswith("random:") for text in _teachers(method, entries)):
         return "random"
+    return source if entry.kind == "dmkd" else _looking(method)
+
+
+def _looking(method: Mapping[str, Any]) -> str:
+    """How a student of a diffusion model is given its timesteps."""
     select = method.get("timestep", {}).get("select")
     spread = "uniform_each" if method.get("standardise") == "per_timestep" else "uniform"
     return {"policy": "policy", "fixed": "fixed"}.get(str(select), spread)
 
 
-def _hints(method: Mapping[str, Any]) -> list[str]:
-    return references(method.get("features"))
+def _teachers(method: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
+    """References to whom a student learns from, also by way of stored features or answers."""
+    stored = references([method.get("features"), method.get("answers")])
+    found = [method.get("teacher"), *(e.recipe.get("teacher") for e in entries if e.name in stored)]
+    return [str(t.get("reference") if isinstance(t, Mapping) else t) for t in found]
+
+
+def _teaches(entry: Entry, entries: Sequence[Entry]) -> bool:
+    """Whether a student learns from what this classifier says."""
+    taught = [e.recipe.get("method", {}).get("teacher") for e in entries if e.kind == "dmkd"]
+    return entry.name in references(taught)
