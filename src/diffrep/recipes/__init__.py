@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffrep.recipes import denoiser, dmkd, dmkd_cifar10, finetune, quickstart, repfusion
+from diffrep.recipes import (
+    denoiser,
+    dmkd,
+    dmkd_cifar10,
+    dmkd_cifar100,
+    dmkd_imagenet,
+    dmkd_more,
+    finetune,
+    quickstart,
+    repfusion,
+)  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
-ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, finetune)
+ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, dmkd_cifar100, dmkd_imagenet, dmkd_more, finetune)
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

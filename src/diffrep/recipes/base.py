@@ -34,12 +34,21 @@ NAME = r"^[a-z][a-z0-9_]{0,79}$"
 MethodConfig = Annotated[RepFusionConfig | FinetuneConfig | DenoiserConfig | DMKDConfig, Field(discriminator="kind")]
 
 
+class Rival(Config):
+    """What another method is said to reach in the same place; quoted, not shipped."""
+
+    method: str  # its name, with what differs: amount of data, teacher, epochs
+    value: float
+    source: str  # paper, table, row
+
+
 class Published(Config):
     """A number in a paper, with its source; ``value`` None means looked for and not found."""
 
     value: float | None
     metric: str  # e.g. "top-1 %, CIFAR-10 test"
     source: str  # paper, table, row; or where it was looked for
+    rivals: tuple[Rival, ...] = ()  # by the same metric
 
 
 class Ours(Config):
