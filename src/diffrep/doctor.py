@@ -15,6 +15,7 @@ from diffrep.assets import ASSETS
 from diffrep.data.sources import KINDS
 
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
+EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffrep import _torchvision_compat, assets, counting
 from diffrep.diffusion.sampling import LIBRARY, whole_steps
 from diffrep.errors import UserError
-from diffrep.files import read_json
+from diffrep.files import located, read_json
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher, schedule_from_diffusers
 from diffrep.frozen.generator import DiffusionGenerator, Judge, SamplingConfig
@@ -215,7 +215,7 @@ def _loaded(reference: str, kind: str) -> Any:
                 folder = Path(diffusers.DiffusionPipeline.download(reference, use_safetensors=True))
             return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, **_networks(folder))
     except ImportError as error:
-        raise UserError(f"{reference}: {str(error).strip().splitlines()[0]}; pip install transformers") from None
+        raise UserError(f"{reference}: {str(error).strip().splitlines()[0]}; install it with: pip install 'diffrep[text]'") from None
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{reference}: the pipeline cannot be loaded ({why[:160]})") from None

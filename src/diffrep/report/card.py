@@ -147,10 +147,7 @@ def _cost(cost: Mapping[str, Any] | None) -> str:
 def _other_rows(name: str, of: Mapping[str, Any]) -> list[tuple[str, str]]:
     if name == "real":
         split = f"{of['train_images']:,} training and {of['held_out_images']:,} {of['held_out_split']} images"
-        return [
-            ("Real images", f"{of['reference']}: {split}; {of['licence']}"),
-            ("Real images' hash", of["fingerprint"]),
-        ]
+        return [("Real images", f"{of['reference']}: {split}; {of['licence']}")]
     seen = listed([f"{count:,} ({part})" for part, count in of["labels_seen"].items()]) or "unknown"
     judge = f"{of['name']}: {of['num_classes']:,} classes, {of['pooled']:,} pooled features; {of['licence']}"
     return [("Teacher", judge), ("Labels the teacher saw", seen)]
