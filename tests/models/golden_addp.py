@@ -25,10 +25,6 @@ def has_vit(case):
     return "outputs/vit.features" in case.keys
 
 
-def weights(case, part="weights/"):
-    return case.under(part)
-
-
 @functools.cache
 def _other(file, name):
     with safe_open(file, "pt") as tensors:
@@ -53,7 +49,9 @@ def heads(meta):
 def predictor(case):
     state = case.under("weights/token_predictor.")
     config = TokenPredictorConfig(**predictor_fields(state), **heads(case.meta["token_predictor"]))
-    network = TokenPredictor(config, len(state["token_emb.position_embeddings.weight"]))
+    places = "token_emb.position_embeddings.weight"  # official tables have 257 rows whatever the number of tokens
+    state[places] = state[places][: 1 + config.num_tokens]
+    network = TokenPredictor(config)
     network.load_state_dict(state)
     return network.eval()
 

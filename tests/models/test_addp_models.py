@@ -100,7 +100,7 @@ def test_parameters_of_the_released_networks():
     with torch.device("meta"):
         vq = VQGAN(VQGANConfig())
         base, large = ADDPVit(ADDPVitConfig()), ADDPVit(ADDPVitConfig(**LARGE))
-        teacher = TokenPredictor(TokenPredictorConfig(), 257)
+        teacher = TokenPredictor(TokenPredictorConfig())
     assert count(vq) == 54_515_587 and len(vq.state_dict()) == 168
     assert (count(vq.encoder), count(vq.decoder), count(vq.quantize)) == (23_775_104, 30_478_339, 262_144)
     unused = {"tables": 3 * 257, "decoder_pred": 16 * 16 * 3}  # of width D; the last has a bias

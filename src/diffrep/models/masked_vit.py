@@ -90,7 +90,7 @@ class TokenHead(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Word and position tables, their sum normalised, as BERT has it."""
+    """Word and position tables, their sum normalised, as BERT has it. Official files have 257 positions for any L."""
 
     def __init__(self, rows: int, positions: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -127,12 +127,11 @@ UNUSED = (
 class TokenPredictor(nn.Module):
     """q(z | z_t): ids (B, L) and a mask (B, L) -> logits (B, 1 + L, V), the class slot first."""
 
-    def __init__(self, config: TokenPredictorConfig, positions: int | None = None) -> None:
-        """positions: rows of the position table, where a file has more than 1 + L."""
+    def __init__(self, config: TokenPredictorConfig) -> None:
         super().__init__()
         self.config, self.vocabulary = config, Vocabulary(config.num_codes)
         width, slots = config.embed_dim, 1 + config.num_tokens
-        self.token_emb = TokenEmbedding(self.vocabulary.rows, positions or slots, width, config.dropout)
+        self.token_emb = TokenEmbedding(self.vocabulary.rows, slots, width, config.dropout)
         self.blocks, self.norm = blocks(config, config.depth, config.num_heads), layer_norm(width)
         self.decoder_embed = nn.Linear(width, width)
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, slots, width))
