@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -10,10 +11,15 @@ from pydantic import ValidationError
 
 from diffrep.assemble import METHODS
 from diffrep.data.batch import Batch
+from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
+from diffrep.frozen.answers import store_settings
+from diffrep.frozen.classifier import ClassifierConfig, load_classifier
 from diffrep.frozen.diffusion import load_teacher
+from diffrep.frozen.generator import DiffusionGenerator
+from diffrep.methods.synthesis import Synthesis
 from diffrep.randomness import Rows
-from diffrep.recipes import RECIPES
+from diffrep.recipes import RECIPES, dmkd_cifar10, dmkd_rows, quickstart
 from diffrep.recipes.base import Recipe, Study, recipe_hash, references, replace_strings, to_yaml
 from diffrep.recipes.loading import MAX_FILE_BYTES, load, merged
 
@@ -63,26 +69,83 @@ def test_files_and_values_are_two_spellings(name, suffix, tmp_path):
 
 @pytest.mark.parametrize("name, stage", ALL_STAGES)
 def test_every_stage_builds_and_takes_a_step(pipeline, name, stage):
-    """With an untrained network of the same taps in place of the teacher, and no feature folder or earlier run."""
+    """With something small and untrained in place of teacher and generator, and nothing that an earlier run left."""
     task = stages(RECIPES[name]())[stage]
-    size = 32 if "cifar" in task.data.source else 8
-    teacher = str(pipeline(image_size=size, in_channels=1 if size == 8 else 3, mid_attention=True))
-    if task.kind != "recipe":
-        part = task.features if task.kind == "features" else task.sweep
-        network = load_teacher(teacher)
-        assert all(len(network.tap(tap).shape) == 3 for tap in part.taps)
-        assert max(part.timesteps) < network.num_train_timesteps
-        return
-    changes = {"teacher": teacher, "features": None, "init": None}
+    TRIALS[task.kind](task, pipeline)
+
+
+def learns(task, pipeline):
+    """Images of 224 pixels are tried at 32, which ImageNet's networks take as well."""
+    student = getattr(task.method, "student", None)
+    size = 32 if task.data.image_size or "cifar" in f"{task.data.source} {student and student.name}" else 8
+    assert augmentation(task.data.augment).reach < size
+    changes = {"teacher": teacher_of(task, pipeline, size), "features": None, "init": None, "answers": None}
     method = task.method.model_copy(update={k: v for k, v in changes.items() if k in type(task.method).model_fields})
     built = METHODS[method.kind](method, 10, size).train()
-    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    shown = Batch(images, torch.arange(4), torch.arange(4), torch.zeros(4, dtype=torch.int64))
-    loss = built(shown, Rows(torch.Generator().manual_seed(0), 4), 0.0)["loss"]
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shown = Batch(images, torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    loss = built(shown, Rows(torch.Generator().manual_seed(0), 2), 0.0)["loss"]
     loss.backward()
-    assert torch.isfinite(loss) and any(p.grad is not None for p in built.parameters())
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in built.parameters())
     unknown = set(task.optim.group_lr) - set(built.parameter_groups())
     assert not unknown, unknown
+
+
+def teacher_of(task, pipeline, size):
+    if task.method.kind == "dmkd":
+        return JUDGE
+    return diffusion_of(pipeline, size)
+
+
+def diffusion_of(pipeline, size):
+    return str(pipeline(image_size=size, in_channels=1 if size == 8 else 3, mid_attention=True))
+
+
+JUDGE = ClassifierConfig(
+    reference="random:timm:conv_small",
+    options={"widths": [4, 8], "pool": 1},
+    num_classes=10,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def has_taps(task, pipeline):
+    part = task.features if task.kind == "features" else task.sweep
+    network = load_teacher(diffusion_of(pipeline, 32 if "cifar" in task.data.source else 8))
+    assert all(len(network.tap(tap).shape) == 3 for tap in part.taps)
+    assert max(part.timesteps) < network.num_train_timesteps
+
+
+def draws(task, pipeline):
+    """The set opens with a generator of as many classes: its plan is whole and even, and an image comes out of it."""
+    config = task.synthesis
+    if task.generator == dmkd_cifar10.GENERATOR:  # knows no classes
+        folder = pipeline(in_channels=3)
+    else:
+        classes = len(config.class_names or ()) or (1000 if task.generator == dmkd_rows.DIT else 10)
+        folder = pipeline(num_classes=classes, conditional=True, in_channels=3)
+    generator = DiffusionGenerator(load_teacher(str(folder)))
+    opened = Synthesis(generator, config, task.seed, allow_code=False)
+    counts = numpy.unique(opened.plan[:, 0], return_counts=True)[1]
+    assert counts.sum() == len(opened.plan) == config.total and counts.max() - counts.min() <= 1
+    assert sum(len(opened.rows(number)) for number in range(opened.num_shards)) == config.total
+    assert opened.calls_per_image() >= int(config.sampling.num_sampling_steps) * (1 + config.sampling.is_guided)
+    last = opened.slots(range(len(opened.plan) - 1, len(opened.plan)))
+    few = config.sampling.model_copy(update={"num_sampling_steps": "2"})
+    image = generator.sample(opened.labels(last), [task.seed], few)
+    assert image.shape == (1, 3, 8, 8) and image.isfinite().all()
+
+
+def is_answered(task, pipeline):
+    judge = load_classifier(JUDGE)
+    views = augmentation(task.data.augment).num_views
+    settings = store_settings(judge, task.answers, 4, views, {})
+    assert settings["num_views"] == views and settings["num_classes"] == 10
+    assert judge.logits(torch.rand(4, 3, 8, 8)).shape == (4, 10)
+
+
+TRIALS = {"recipe": learns, "features": has_taps, "probe": has_taps, "synthesis": draws, "answers": is_answered}
 
 
 @EVERY
@@ -100,10 +163,14 @@ def test_debug_recipes_are_short(name):
 
 
 def test_few_label_stages_of_a_study_see_one_number_of_labels():
+    """Those of the first road; the second teaches with a classifier that saw all labels, and hides none."""
     study = RECIPES["quickstart"]()
-    for task in study.stages.values():
-        if task.kind == "recipe" and task.method.label_readers():
-            assert task.data.labels == 50 and task.evaluate.probe_labels == (50,) and task.data.label_seed is None
+    reading = {n: t for n, t in study.stages.items() if t.kind == "recipe" and t.method.label_readers()}
+    first = [task for name, task in reading.items() if name not in quickstart.SECOND_ROAD]
+    assert len(first) == 8
+    for task in first:
+        assert task.data.labels == 50 and task.evaluate.probe_labels == (50,) and task.data.label_seed is None
+    assert all(reading[name].data.labels is None for name in quickstart.SECOND_ROAD if name in reading)
 
 
 # Files

@@ -215,7 +215,9 @@ def _loaded(reference: str, kind: str) -> Any:
                 folder = Path(diffusers.DiffusionPipeline.download(reference, use_safetensors=True))
             return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, **_networks(folder))
     except ImportError as error:
-        raise UserError(f"{reference}: {str(error).strip().splitlines()[0]}; install it with: pip install 'diffrep[text]'") from None
+        raise UserError(
+            f"{reference}: {str(error).strip().splitlines()[0]}; install it with: pip install 'diffrep[text]'"
+        ) from None
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{reference}: the pipeline cannot be loaded ({why[:160]})") from None

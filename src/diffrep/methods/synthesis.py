@@ -98,7 +98,8 @@ def plan(config: SynthesisConfig, num_classes: int | None) -> np.ndarray:
 
 def image_seed(config: SynthesisConfig, seed: int, slot: Slot, attempt: int = 0) -> int:
     """What the noise of one slot is drawn from, together with the generator's hash."""
-    which = ("shared",) if config.noise == "shared" else (slot.label,)
+    kind = config.classes[slot.label] if config.classes else slot.label  # the generator's id, whatever else is asked
+    which = ("shared",) if config.noise == "shared" else (kind,)
     return derived_seed(seed, "synthetic image", *which, slot.index, *([attempt] if attempt else []))
 
 

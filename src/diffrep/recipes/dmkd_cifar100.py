@@ -69,6 +69,8 @@ RIVALS: dict[str, dict[str, tuple[float | None, ...]]] = {
         "NAYER, 100 epochs": (*NONE, 70.2),
         "NAYER, 200 epochs": (*NONE, 71.2),
         "NAYER, 300 epochs": (*NONE, 71.7),
+        "FastDFKD, 100 epochs": (*NONE, 67.1),
+        "FastDFKD, 200 epochs": (*NONE, 68.0),
         "FastDFKD, 300 epochs": (*NONE, 68.3),
         "SpaceshipNet": (*NONE, 69.7),
         "MAD": (*NONE, 64.1),
@@ -81,6 +83,13 @@ STUDENT = Course(240, 128, 0.1, 5e-4, (150, 180, 210))  # defaults of the offici
 SCRATCH = Course(200, 256, 0.1, 1e-4, (120, 150, 180), gamma=0.2)  # FastDFKD's train_scratch
 VANILLA = Course(200, 128, 0.1, 1e-4, (120, 150, 180))  # FastDFKD's vanilla_kd
 REPDISTILLER = Course(240, 64, 0.05, 5e-4, (150, 180, 210))
+
+# RepDistiller's README, of other teachers of the same kind and real images: student {method: number}
+REPDISTILLER_README = "RepDistiller README, its own teacher, 240 epochs"
+REAL_RIVALS = {
+    "wrn16_2": {"KD, softening 4": 74.92, "CRD": 75.48, "labels": 73.26},
+    "wrn40_1": {"KD, softening 4": 73.54, "CRD": 74.14, "labels": 71.98},
+}
 
 DATA_NEEDED = "data: CIFAR-100 in data/cifar100 (diffrep data prepare cifar100 ARCHIVE data/cifar100)"
 TEACHERS_NEEDED = (
@@ -116,9 +125,8 @@ def from_drawn(name: str, column: int) -> Recipe:
 def from_real(name: str, column: int) -> Recipe:
     """The row KD: the same pair on CIFAR-100's own images. FastDFKD's baseline is a weak one: softening 1."""
     taught_by, student = PAIRS[column]
-    ours = {"wrn16_2": 74.92, "wrn40_1": 73.54} if taught_by == "wrn40_2" else {}
-    source = "RepDistiller README, KD with softening 4 and its own teacher"
-    stronger = (Rival(method="KD", value=ours[student], source=source),) if student in ours else ()
+    found = REAL_RIVALS.get(student, {}).items()
+    stronger = tuple(Rival(method=method, value=value, source=REPDISTILLER_README) for method, value in found)
     return rows.taught(
         name, BENCH, Lesson(REAL, REAL_IMAGES, VANILLA), teacher(taught_by), BENCH.student(NETWORKS[student]),
         KdLossConfig(kd_temperature=1, label_weight=0.1),
@@ -145,7 +153,7 @@ def from_labels(
 def drawn(name: str, fidelity: str, noise: str) -> Study:
     """What the students see: images of ImageNet's classes, which the loader shrinks to 32 pixels once."""
     sampling = {"low": LOW_FIDELITY, "high": HIGH_FIDELITY}[fidelity]
-    shared = ", one noise for all classes as in the official script" if noise == "shared" else ""
+    shared = rows.shared_noise(noise)
     return rows.drawn(
         name, f"{DRAWN:,} images of 1,000 classes by DiT-XL/2, {fidelity} fidelity{shared}.", rows.DIT, sampling, DRAWN,
         needs=(rows.DIT_NEEDED,), assumed=("50 images of each class, as many as CIFAR-100 has in all",), noise=noise,

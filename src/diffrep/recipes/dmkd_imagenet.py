@@ -111,7 +111,7 @@ SETS = {
 def drawn(name: str, fidelity: str, amount: str = "200k", noise: str = "own") -> Study:
     """A set over all classes; one seed, so a smaller one is the beginning of a larger one."""
     sampling = {"low": LOW_FIDELITY, "high": HIGH_FIDELITY}[fidelity]
-    shared = ", one noise for all classes as in the official script" if noise == "shared" else ""
+    shared = rows.shared_noise(noise)
     about = f"{amount} images by DiT-XL/2, {fidelity} fidelity{shared}."
     return rows.drawn(name, about, rows.DIT, sampling, AMOUNTS[amount], needs=(rows.DIT_NEEDED,), noise=noise)
 

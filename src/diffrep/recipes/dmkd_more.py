@@ -82,7 +82,8 @@ def dmkd_imagenet100_rn18_teacher() -> Recipe:
 
 def hundred(name: str, fidelity: str, noise: str = "own") -> Study:
     """The set of the hundred classes; label k is the k-th of the sorted ids, as imagenet:FOLDER@LIST counts."""
-    about = f"20,000 images of ImageNet-100's classes by DiT-XL/2, {fidelity} fidelity."
+    shared = rows.shared_noise(noise)
+    about = f"20,000 images of ImageNet-100's classes by DiT-XL/2, {fidelity} fidelity{shared}."
     return rows.drawn(
         name, about, rows.DIT, FIDELITIES[fidelity], 20_000, needs=(rows.DIT_NEEDED,),
         assumed=("200 images of each class", WHICH_CLASSES), classes=IMAGENET100, noise=noise,
@@ -111,7 +112,7 @@ FLOWER_NAMES = tuple(
     mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace("\n    ", " ").split(", ")
 )
 PROMPTED = 20_400  # images, 200 of each class
-TEXT = "weights/stable-diffusion"
+TEXT = "weights/diffusers/stable-diffusion"
 TEXT_NEEDED = f"weights: a text-to-image pipeline of diffusers in {TEXT}; the paper names Stable Diffusion, not which"
 
 
@@ -190,6 +191,7 @@ RECIPES = (
     rows.named("dmkd_imagenet100_set_low", hundred, "low"),
     rows.named("dmkd_imagenet100_set_high", hundred, "high"),
     rows.named("dmkd_imagenet100_set_low_faithful", hundred, "low", "shared"),
+    rows.named("dmkd_imagenet100_set_high_faithful", hundred, "high", "shared"),
     rows.named(
         "dmkd_flowers102_rn50", flowers, "dmkd_imagenet_set_low", 200_000,
         "the 200K images of ImageNet's classes, which name hardly any of the flowers",

@@ -24,7 +24,7 @@ from diffrep.training.trainer import TrainConfig
 
 Triple = tuple[float, float, float]
 
-DIT = "weights/DiT-XL-2-256"
+DIT = "weights/diffusers/DiT-XL-2-256"  # three words, because two are a repository of the Hub
 DIT_NEEDED = (
     f"weights: DiT-XL/2 at 256 pixels with the mse VAE in {DIT}, a diffusers folder of safetensors files "
     "(CC BY-NC 4.0: not for commercial use; docs/dmkd.md says how to get it); the official .pt is for a later release"
@@ -122,6 +122,11 @@ def drawn(
 def drawing(name: str, generator: str, sampling: SamplingConfig, images: int, **settings: Any) -> SynthesisTask:
     synthesis = SynthesisConfig(sampling=sampling, images=images, **settings)
     return SynthesisTask(name=name, generator=generator, synthesis=synthesis)
+
+
+def shared_noise(noise: str) -> str:
+    """What sets a ``_faithful`` twin apart, in words."""
+    return ", one noise for all classes as in the official script" if noise == "shared" else ""
 
 
 def set_of(study: str) -> str:
