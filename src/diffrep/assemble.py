@@ -28,11 +28,14 @@ from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
 from diffrep.evaluation.classify import classifier_scores, load_student, student_scores
 from diffrep.files import locked
+from diffrep.methods.addp import ADDP
 from diffrep.methods.base import Method
 from diffrep.methods.denoiser import Denoiser
 from diffrep.methods.dmkd import DMKD
 from diffrep.methods.finetune import Finetune
 from diffrep.methods.repfusion import RepFusion
+from diffrep.methods.token_predictor import TokenPredictorMethod
+from diffrep.methods.tokenizer import TokenizerMethod
 from diffrep.randomness import seeded
 from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
 from diffrep.training import best
@@ -40,7 +43,15 @@ from diffrep.training.checkpoint import latest
 from diffrep.training.run import RunDir
 from diffrep.training.trainer import Trainer
 
-METHODS = {"repfusion": RepFusion, "finetune": Finetune, "denoiser": Denoiser, "dmkd": DMKD}
+METHODS = {
+    "repfusion": RepFusion,
+    "finetune": Finetune,
+    "denoiser": Denoiser,
+    "dmkd": DMKD,
+    "tokenizer": TokenizerMethod,
+    "token_predictor": TokenPredictorMethod,
+    "addp": ADDP,
+}
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
 
 

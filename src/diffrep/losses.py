@@ -110,3 +110,29 @@ def dist(student: Tensor, teacher: Tensor, kd_temperature: float, beta: float, g
 def pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of each row of a with the same row of b, (B, K) -> (B,)."""
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+
+
+# Of tokens: logits (B, L, V), a mask (B, L)
+
+
+def token_cross_entropy(logits: Tensor, ids: Tensor, label_smoothing: float) -> Tensor:
+    """Per token: cross-entropy with (1 - eps) one-hot + eps / V, (B, L)."""
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none", label_smoothing=label_smoothing).view(
+        ids.shape
+    )
+
+
+def soft_token_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """Per token: -sum q' log softmax(z) with q' = (1 - eps) q + eps / V, (B, L).
+
+    Args:
+        logits: (B, L, V). target: (B, L, K) distributions over the first K of them; the other columns are never right.
+    """
+    log_p = F.log_softmax(logits.float(), 2)
+    expected = (target * log_p[..., : target.shape[2]]).sum(2)
+    return -(1 - label_smoothing) * expected - label_smoothing * log_p.mean(2)
+
+
+def mean_at(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the masked tokens of the whole batch."""
+    return (values * mask).sum() / mask.sum()

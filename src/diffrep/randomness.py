@@ -98,6 +98,10 @@ class Rows:
         drawn = torch.randint(low, high, (self.total,), generator=self.generator, device=self.generator.device)
         return self._keep(drawn)
 
+    def shared(self) -> float:
+        """One number in [0, 1) for all rows of the step."""
+        return float(torch.rand((), generator=self.generator, device=self.generator.device))
+
     def categorical(self, probs: Tensor) -> Tensor:
         """probs (B, A) -> (B,) int64, one draw per row by inverting the cumulative distribution."""
         threshold = self.uniform(1).to(probs.device, probs.dtype) * probs.sum(1, keepdim=True)

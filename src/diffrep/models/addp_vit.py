@@ -110,24 +110,23 @@ class ADDPVit(nn.Module):
         """(B, 3, H, W) -> (B, 1 + L, D)."""
         return self.norm(self.blocks(self.embed(pixels)))
 
-    def decode(self, latent: Tensor | None, ids: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
         """What the encoder says, and the visible ids, to logits of every slot.
 
         Args:
             latent: (B, 1 + L, D); None where everything is masked, and nothing of it would be read.
             ids: (B, L) int64; those of masked positions are not read.
             mask: (B, L) bool, True where masked; every image has the same number n of visible positions.
-            rows: only the first rows of the vocabulary; None: all V.
 
         Returns:
-            (B, 1 + L + n, rows); positions are 1..L.
+            (B, 1 + L + n, V); positions are 1..L.
         """
         hidden = F.pad(mask, (1, 0))[..., None]
         dropped = F.pad(mask, (1, 0), value=True)[..., None]
         seen = self.mask_token if latent is None else self.decoder_embed(latent)
         places = torch.where(hidden, self.decoder_pos_mask_embed, self.decoder_pos_embed_learned)
         y = torch.cat([torch.where(dropped, self.mask_token, seen) + places, self._reliable(ids, mask)], 1)
-        return self.mlm_layer(self.decoder_norm(self.decoder_blocks(y)), self.token_emb.weight[:rows])
+        return self.mlm_layer(self.decoder_norm(self.decoder_blocks(y)), self.token_emb.weight)
 
     def _reliable(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, n, D): the visible ids with their places."""

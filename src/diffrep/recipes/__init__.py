@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffrep.recipes import (
+    addp,
     denoiser,
     dmkd,
     dmkd_cifar10,
@@ -17,5 +18,5 @@ from diffrep.recipes import (
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
-ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, dmkd_cifar100, dmkd_imagenet, dmkd_more, finetune)
+ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, dmkd_cifar100, dmkd_imagenet, dmkd_more, addp, finetune)
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

@@ -20,18 +20,30 @@ from diffrep.files import short_hash
 from diffrep.frozen.answers import AnswerConfig
 from diffrep.frozen.classifier import ClassifierConfig
 from diffrep.frozen.features import FeatureConfig
+from diffrep.methods.addp import ADDPConfig
 from diffrep.methods.denoiser import DenoiserConfig
 from diffrep.methods.dmkd import DMKDConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.methods.synthesis import SynthesisConfig
+from diffrep.methods.token_predictor import TokenPredictorMethodConfig
+from diffrep.methods.tokenizer import TokenizerConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.trainer import TrainConfig
 
 FORMAT = 1  # of recipe files; a file of another format is refused
 NAME = r"^[a-z][a-z0-9_]{0,79}$"
 
-MethodConfig = Annotated[RepFusionConfig | FinetuneConfig | DenoiserConfig | DMKDConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    RepFusionConfig
+    | FinetuneConfig
+    | DenoiserConfig
+    | DMKDConfig
+    | TokenizerConfig
+    | TokenPredictorMethodConfig
+    | ADDPConfig,
+    Field(discriminator="kind"),
+]
 
 
 class Rival(Config):

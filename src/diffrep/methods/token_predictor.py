@@ -1,0 +1,76 @@
+"""Train MAGE's token predictor: name the hidden ids of a partly masked image (Li et al. 2023, section 3).
+
+Loss: cross-entropy over the codebook at masked positions, with label smoothing.
+Letters: B images, L tokens, K codes.
+
+Deviations from `main_pretrain.py` of MAGE: the encoder sees the mask id where a token is hidden instead of dropping
+half of the tokens (it saves time there and changes what the network is asked); one masked share for a whole batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffrep import losses
+from diffrep.counting import multiply_adds, on_meta
+from diffrep.data.batch import Batch
+from diffrep.diffusion.masking import MaskConfig, drawn_counts, lowest
+from diffrep.frozen.tokens import load_tokenizer, write_network
+from diffrep.methods.base import Method, MethodConfig
+from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig, TransformerConfig
+from diffrep.randomness import Rows
+
+
+class TokenPredictorMethodConfig(MethodConfig):
+    """The tokenizer whose ids are learnt, the network, and how ids are hidden."""
+
+    kind: Literal["token_predictor"] = "token_predictor"
+    tokenizer: str  # a run folder or a file
+    network: TransformerConfig = TransformerConfig()
+    mask: MaskConfig = MaskConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+
+class TokenPredictorMethod(Method):
+    """One step: encode, hide, name."""
+
+    def __init__(
+        self, config: TokenPredictorMethodConfig, num_classes: int, image_size: int, allow_code: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, load_tokenizer(config.tokenizer)
+        self.image_size = image_size
+        height, width = self.tokenizer.grid(torch.empty(1, 3, image_size, image_size, device="meta"))
+        shape = {"num_codes": self.tokenizer.num_codes, "num_tokens": height * width}
+        self.network = TokenPredictor(TokenPredictorConfig(**config.network.model_dump(), **shape))
+
+    def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
+        ids = self.tokenizer.encode(batch.images)  # (B, L)
+        masked, _ = drawn_counts(self.config.mask, ids.shape[1], rng.shared(), rng.shared())
+        mask = lowest(rng.uniform(ids.shape[1]), masked).to(ids.device)
+        logits = self.network(ids, mask, self.tokenizer.num_codes)[:, 1:]
+        each = losses.token_cross_entropy(logits, ids, self.config.label_smoothing)
+        correct = (logits.detach().argmax(2) == ids) & mask
+        return {"loss": losses.mean_at(each, mask), "masked_top1": correct.sum() / mask.sum()}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"token_predictor": [p for p in self.parameters() if p.requires_grad]}
+
+    def dry_step(self, images: Tensor) -> None:
+        ids = torch.zeros(len(images), self.network.config.num_tokens, dtype=torch.int64, device=images.device)
+        self.network(ids, ids == 0).sum().backward()
+
+    def frozen_multiply_adds(self) -> int:
+        image = torch.zeros(1, 3, self.image_size, self.image_size)
+        return multiply_adds(on_meta(self.tokenizer.module.encoder, image))
+
+    def export(self, run_dir: Path) -> dict[str, Any]:
+        """The predictor, and the tokenizer it belongs to."""
+        write_network(run_dir, "token_predictor", self.network, run_dir.name, self.licence)
+        write_network(run_dir, "tokenizer", self.tokenizer.module, self.tokenizer.name, self.tokenizer.licence)
+        return {}

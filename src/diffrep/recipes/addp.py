@@ -1,0 +1,99 @@
+"""The third road on digits: a tokenizer, a token predictor, and ADDP, which alternates between tokens and pixels.
+
+What decides over success at this size: position and token tables begin at a scale of 0.5 (official 0.02), no label
+smoothing, no shifted images. No gain in recognition is to be expected of 8-pixel digits.
+"""
+
+from __future__ import annotations
+
+from diffrep.data.datasets import DataConfig
+from diffrep.evaluation.classify import EvaluateConfig
+from diffrep.methods.addp import ADDPConfig
+from diffrep.methods.token_predictor import TokenPredictorMethodConfig
+from diffrep.methods.tokenizer import TokenizerConfig
+from diffrep.models.masked_vit import TransformerConfig
+from diffrep.models.vqgan import VQGANConfig
+from diffrep.recipes.base import Recipe, Study
+from diffrep.training.optim import LrScheduleConfig, OptimConfig
+from diffrep.training.trainer import TrainConfig
+
+DIGITS = DataConfig(source="digits")
+SMALL = {"embed_dim": 64, "num_heads": 4, "decoder_num_heads": 4, "dropout": 0.0, "init_std": 0.5}
+WARM = LrScheduleConfig(warmup_steps=40)
+
+
+def tokenizer_digits() -> Recipe:
+    """16 tokens of 2x2 pixels, 32 codes."""
+    network = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, num_codes=32)
+    return Recipe(
+        name="tokenizer_digits",
+        about="A tokenizer of digits: 16 tokens of 32 codes.",
+        data=DIGITS,
+        method=TokenizerConfig(network=network),
+        optim=OptimConfig(lr=2e-3, lr_schedule=WARM),
+        train=TrainConfig(steps=600, batch_size=64),
+    )
+
+
+def token_predictor_digits() -> Recipe:
+    """MAGE's predictor, small: half of its blocks in the encoder."""
+    network = TransformerConfig(**SMALL, depth=2, decoder_depth=2)
+    return Recipe(
+        name="token_predictor_digits",
+        about="Names the hidden tokens of digits.",
+        data=DIGITS,
+        method=TokenPredictorMethodConfig(tokenizer="runs/tokenizer_digits", network=network, label_smoothing=0),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, lr_schedule=WARM),
+        train=TrainConfig(steps=800, batch_size=64),
+        needs=("weights: runs/tokenizer_digits (diffrep run tokenizer_digits --out runs/tokenizer_digits)",),
+    )
+
+
+def addp_digits_network() -> Recipe:
+    """Four encoder and two decoder blocks."""
+    network = TransformerConfig(**SMALL, depth=4, decoder_depth=2)
+    return Recipe(
+        name="addp_digits_network",
+        about="ADDP's own network on digits.",
+        data=DIGITS,
+        method=ADDPConfig(
+            tokenizer="runs/tokenizer_digits", token_predictor="runs/token_predictor_digits", network=network,
+            label_smoothing=0, keep_tokenizer_norm=True,
+        ),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, lr_schedule=WARM),
+        train=TrainConfig(steps=800, batch_size=64),
+        evaluate=EvaluateConfig(probe_labels=(50,)),
+        needs=(
+            "weights: runs/tokenizer_digits (diffrep run tokenizer_digits --out runs/tokenizer_digits)",
+            "weights: runs/token_predictor_digits "
+            "(diffrep run token_predictor_digits --out runs/token_predictor_digits)",
+        ),
+    )  # fmt: skip
+
+
+def addp_digits() -> Study:
+    """All three."""
+    teacher = token_predictor_digits()
+    network = addp_digits_network()
+    return Study(
+        name="addp_digits",
+        about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits.",
+        stages={
+            "tokenizer": tokenizer_digits(),
+            "token_predictor": teacher.model_copy(
+                update={"method": teacher.method.model_copy(update={"tokenizer": "stage:tokenizer"})}
+            ),
+            "addp": network.model_copy(
+                update={
+                    "method": network.method.model_copy(
+                        update={"tokenizer": "stage:tokenizer", "token_predictor": "stage:token_predictor"}
+                    )
+                }
+            ),
+        },
+        arms={"addp": "ADDP"},
+        headline="linear_probe_50",
+    )
+
+
+RECIPES = (tokenizer_digits, token_predictor_digits, addp_digits_network, addp_digits)
