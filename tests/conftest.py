@@ -161,3 +161,25 @@ def pipeline(tmp_path_factory):
         return folder / "pipeline"
 
     return make
+
+
+# Tiny token networks
+
+
+@pytest.fixture(scope="session")
+def token_networks(tmp_path_factory) -> str:
+    """A folder with an untrained tokenizer (16 tokens of 2x2 pixels, 11 codes) and token predictor."""
+    from diffrep.frozen.tokens import write_network
+    from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig
+    from diffrep.models.vqgan import VQGAN, VQGANConfig
+
+    folder = tmp_path_factory.mktemp("tokens")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        tokenizer = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, num_codes=11))
+        tokenizer.codebook.data.normal_()
+        small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2}
+        predictor = TokenPredictor(TokenPredictorConfig(**small, num_codes=11, num_tokens=16, init_std=0.5))
+    write_network(folder, "tokenizer", tokenizer, "tiny", "MIT")
+    write_network(folder, "token_predictor", predictor, "tiny", "MIT")
+    return str(folder)

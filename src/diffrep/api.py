@@ -18,8 +18,11 @@ from diffrep.data import datasets
 from diffrep.data.datasets import DataConfig, ImageSet, Split
 from diffrep.data.shards import read_manifest
 from diffrep.errors import RunError, UserError
+from diffrep.evaluation.protocols import Scores
+from diffrep.evaluation.tokenize import tokenize
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
+from diffrep.frozen.token_files import convert
 from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
 from diffrep.launch.jobs import Engine, close
@@ -32,8 +35,8 @@ from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
 
 __all__ = [
-    "card", "dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes", "regenerate", "report",
-    "run", "show", "synthesis_cost", "synthesize",
+    "card", "convert", "dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes",
+    "regenerate", "report", "run", "score", "show", "synthesis_cost", "synthesize", "tokenize",
 ]  # fmt: skip
 
 
@@ -320,6 +323,18 @@ def card(
     found = data_card(images, judge, real, image_size, default_device(), progress)
     write_card(found, Path(out))
     return without_pictures(found)
+
+
+def score(images: str, reference: str, settings: dict[str, Any] | None = None, allow_code: bool = False) -> Scores:
+    """Score generated images (see :func:`diffrep.evaluation.generation.score_images`).
+
+    Args:
+        settings: the fields of a ``ScoreConfig``: protocol, inception, features, image_size, precision_recall.
+    """
+    from diffrep.evaluation.generation import ScoreConfig, score_images
+
+    config = validate(ScoreConfig, settings or {}, "score")
+    return score_images(images, reference, config, default_device(), progress, allow_code)
 
 
 def _foreign_scores(model: str, data: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,13 @@ def scores(found: dict[str, Any]) -> str:
 def ledger(rows: Sequence[dict[str, Any]]) -> str:
     """One row per recipe; what stands below is what the columns cannot hold."""
     cells = [[r["name"], r["kind"], r["status"], r["published"], r["ours"]] for r in rows]
-    notes = [f"{r['name']}: {note}" for r in rows for note in r["notes"]]
+    recipes: dict[str, list[str]] = {}  # those that a note is true of
+    for row in rows:
+        for note in row["notes"]:
+            recipes.setdefault(note, []).append(row["name"])
+    notes = [
+        f"{', '.join(names[:2])}{f' and {len(names) - 2} more' * (len(names) > 2)}: {n}" for n, names in recipes.items()
+    ]
     return "\n".join([table(["recipe", "kind", "status", "published", "ours"], cells), "", *notes])
 
 
@@ -163,3 +169,34 @@ def sweep(found: dict[str, Any]) -> str:
 
 def assets(found: Sequence[Asset]) -> str:
     return table(["key", "where", "licence"], [[a.key, a.location, a.licence] for a in found])
+
+
+def convert(found: dict[str, Any]) -> str:
+    """What each part of an official file is, and what stands there besides."""
+    rows = [
+        [kind, part["released_as"] or "another size", amount(part["parameters"]), part["tensors"], part["size"]]
+        for kind, part in found["parts"].items()
+    ]
+    lines = [table(["part", "released as", "values", "tensors", "size"], rows), ""]
+    told = {
+        f"aliases: {found['aliases']} tensors that the file holds twice": "tokenizer" if found["aliases"] else "",
+        f"unused, read by nothing: {len(found['unused'])}": ", ".join(found["unused"]),
+        f"note: {len(found['filled'])} unused tables were not there and were filled": ", ".join(found["filled"]),
+    }
+    lines += [f"{what} ({which})" for what, which in told.items() if which]
+    return "\n".join([*lines, f"licence: {found['licence']}", f"written: {found['out']}"])
+
+
+def tokenize(found: dict[str, Any]) -> str:
+    """Ids, codebook and error of one image or many."""
+    size, grid = ("x".join(map(str, found[key])) for key in ("image_size", "grid"))
+    psnr = "no error" if found["psnr"] is None else f"PSNR {found['psnr']:.2f} dB"
+    many = f"{found['images']} images, the last of" if found["images"] > 1 else "1 image of"
+    used = f"{found['codes_used']} of {found['codes']} ({100 * found['share_used']:.1f} %)"
+    lines = [
+        f"{many} {size} pixels: {grid} ids ({found['tokenizer']})",
+        f"codes used: {used}, perplexity {found['perplexity']:.1f}",
+        f"reconstruction: MSE {found['mse']:.6f}, {psnr}" + (" of the mean" if found["images"] > 1 else ""),
+        f"licence: {found['licence']}",
+    ]
+    return "\n".join(lines + ([f"written: {found['out']}"] if found["out"] else []))

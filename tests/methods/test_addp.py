@@ -19,10 +19,9 @@ from diffrep.diffusion.masking import (
     ratio_probabilities,
 )
 from diffrep.errors import UserError
-from diffrep.frozen.tokens import FrozenPredictor, Tokenizer, write_network
+from diffrep.frozen.tokens import FrozenPredictor, Tokenizer, load_tokenizer, write_network
 from diffrep.methods.addp import ADDP, ADDPConfig, all_masked, alternate, as_uint8, first_step, predicted
 from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
-from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig
 from diffrep.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -169,17 +168,13 @@ def test_soft_loss_is_the_formula(smoothing, seed):
 
 
 @pytest.fixture(scope="module")
-def trio():
-    """Untrained networks of 16 tokens of two pixels."""
+def pair(token_networks):
+    """An untrained network and the tokenizer it belongs to: 16 tokens of 2x2 pixels, 11 codes."""
+    shape = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        vq = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, num_codes=11))
-        vq.quantize.embedding.weight.data.normal_()
-        shape = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2}
-        shape |= {"num_codes": 11, "init_std": 0.5}
-        network = ADDPVit(ADDPVitConfig(**shape, image_size=8, patch_size=2)).eval()
-        teacher = TokenPredictor(TokenPredictorConfig(**shape, num_tokens=16)).eval()
-    return network, Tokenizer(vq, "tiny"), teacher
+        network = ADDPVit(ADDPVitConfig(**shape, num_codes=11, image_size=8, patch_size=2, init_std=0.5))
+    return network.eval(), load_tokenizer(token_networks)
 
 
 def plainly(network, vq, config, draws, ids, pixels):
@@ -201,8 +196,8 @@ def plainly(network, vq, config, draws, ids, pixels):
 
 @pytest.mark.parametrize("config", [AlternationConfig(steps=16), AlternationConfig(steps=8, schedule="linear")])
 @torch.no_grad()
-def test_work_that_is_left_out_changes_no_bit(trio, config):
-    network, vq, _ = trio
+def test_work_that_is_left_out_changes_no_bit(pair, config):
+    network, vq = pair
     ids, mask = torch.randint(0, 11, (1, 16)), torch.ones(1, 16, dtype=torch.bool)
     found = alternate(network, vq, config, ImageDraws([7], 16), ids, mask)
     for start in (torch.rand(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.3)):
@@ -213,8 +208,8 @@ def test_work_that_is_left_out_changes_no_bit(trio, config):
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True))
 @settings(max_examples=8, deadline=None)
 @torch.no_grad()
-def test_an_image_depends_on_its_seed_alone(trio, seeds):
-    network, vq, _ = trio
+def test_an_image_depends_on_its_seed_alone(pair, seeds):
+    network, vq = pair
     together = alternate(network, vq, AlternationConfig(steps=4), ImageDraws(seeds, 16), *blank(len(seeds)))
     for seed, image in zip(seeds, together, strict=True):
         alone = alternate(network, vq, AlternationConfig(steps=4), ImageDraws([seed], 16), *blank(1))[0]
@@ -228,8 +223,8 @@ def blank(count):
 @given(st.integers(0, 2**31), st.integers(2, 15))
 @settings(max_examples=10, deadline=None)
 @torch.no_grad()
-def test_a_repair_keeps_what_is_visible_and_reads_nothing_else(trio, seed, masked):
-    network, vq, _ = trio
+def test_a_repair_keeps_what_is_visible_and_reads_nothing_else(pair, seed, masked):
+    network, vq = pair
     rng = torch.Generator().manual_seed(seed)
     ids, mask = torch.randint(0, 11, (1, 16), generator=rng), lowest(torch.rand(1, 16, generator=rng), masked)
     config, seen = AlternationConfig(steps=2), []
@@ -243,8 +238,8 @@ def test_a_repair_keeps_what_is_visible_and_reads_nothing_else(trio, seed, maske
 
 
 @torch.no_grad()
-def test_pixels_between_steps_matter(trio):
-    network = trio[0]
+def test_pixels_between_steps_matter(pair):
+    network = pair[0]
     ids, mask = torch.zeros(1, 16, dtype=torch.int64), torch.arange(16)[None] < 8
     one, other = (predicted(network, torch.full((1, 3, 8, 8), v), ids, mask) for v in (0.2, 0.9))
     assert float((one - other).abs().max()) > 1e-3
@@ -259,20 +254,12 @@ def test_levels_are_cut_off_or_rounded():
 # Training
 
 
-@pytest.fixture
-def folder(trio, tmp_path):
-    _, vq, teacher = trio
-    write_network(tmp_path, "tokenizer", vq.module, "tiny", "MIT")
-    write_network(tmp_path, "token_predictor", teacher, "tiny", "MIT")
-    return str(tmp_path)
-
-
-def test_networks_that_were_not_trained_together_are_refused(folder, tmp_path):
+def test_networks_that_were_not_trained_together_are_refused(token_networks, tmp_path):
     with torch.random.fork_rng():
         other = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, num_codes=9))
-    write_network(tmp_path / "other", "tokenizer", other, "nine", "MIT")
+    write_network(tmp_path, "tokenizer", other, "nine", "MIT")
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2}
     with pytest.raises(UserError, match="knows 11 codes, the tokenizer nine has 9"):
-        ADDP(ADDPConfig(tokenizer=str(tmp_path / "other"), token_predictor=folder, network=small), 10, 8)
-    with pytest.raises(UserError, match="holds no token predictor; valid: a folder with token_predictor"):
-        ADDP(ADDPConfig(tokenizer=folder, token_predictor=str(tmp_path / "other"), network=small), 10, 8)
+        ADDP(ADDPConfig(tokenizer=str(tmp_path), token_predictor=token_networks, network=small), 10, 8)
+    with pytest.raises(UserError, match="no token predictor"):
+        ADDP(ADDPConfig(tokenizer=token_networks, token_predictor=str(tmp_path), network=small), 10, 8)

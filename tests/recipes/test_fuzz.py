@@ -18,9 +18,9 @@ def plain(name):
     """A shipped recipe as plain values; of a study only a few stages, or parsing takes most of the time."""
     values = json.loads(json.dumps(RECIPES[name]().model_dump(mode="json")))
     if values["kind"] == "study":
-        kept = ("teacher", "sweep", "hints", "conv_policy")
-        values["stages"] = {name: values["stages"][name] for name in kept}
-        values["arms"] = {"conv_policy": "CNN"}
+        kept = ("teacher", "sweep", "hints", "conv_policy") if name == "quickstart" else list(values["stages"])[:3]
+        values["stages"] = {stage: values["stages"][stage] for stage in kept}
+        values["arms"] = {kept[-1]: "an arm"}
     elif "timestep" in values["method"] and len(values["method"]["timestep"]["values"]) > 20:
         values["method"]["timestep"]["values"] = [0, 50, 999]
     return values

@@ -25,6 +25,8 @@ from diffrep.data.containers import existing
 from diffrep.data.datasets import split_positions
 from diffrep.data.imagenet import classes_without_image
 from diffrep.data.images import Part, UnreadableError, decoded, fingerprint
+from diffrep.data.reference import NAME as VAL256
+from diffrep.data.reference import Prepared, prepare_reference
 from diffrep.data.sources import Source, read_source
 from diffrep.errors import UserError, nearest
 
@@ -95,15 +97,18 @@ def check(name: str, path: str | Path) -> Report:
     return _report(name, location)
 
 
-def prepare(name: str, path: str | Path, out: str | Path) -> Report:
+def prepare(name: str, path: str | Path, out: str | Path) -> Report | Prepared:
     """Unpack an official archive, or write one parquet file per part; ``out`` appears whole or not at all.
 
-    Encoded images keep their bytes, decoded ones become PNG: no pixel changes.
+    Encoded images keep their bytes, decoded ones become PNG: no pixel changes. ``imagenet-val256`` is the exception:
+    see :func:`diffrep.data.reference.prepare_reference`.
 
     Raises:
         UserError: as :func:`check`; anything missing or unreadable; ``out`` is there already.
     """
-    location, target = _location(name, path), Path(out).expanduser()
+    if name == VAL256:
+        return prepare_reference(path, out)
+    location, target = _location(name, path, (*CHECKED, VAL256)), Path(out).expanduser()
     if target.exists():
         raise UserError(f"{out} exists; choose a new folder")
     if _is_archive(name, location):
@@ -124,9 +129,9 @@ def _prepare_archive(name: str, archive: Path, target: Path) -> Report:
     return _renamed(report, f"{name}:{target}")
 
 
-def _location(name: str, path: str | Path) -> Path:
-    if name not in CHECKED:
-        raise UserError(f"data set {name!r} is unknown here; {nearest(name, CHECKED)}")
+def _location(name: str, path: str | Path, known: tuple[str, ...] = CHECKED) -> Path:
+    if name not in known:
+        raise UserError(f"data set {name!r} is unknown here; {nearest(name, known)}")
     return existing(str(path)) if name in _OFFICIAL_ARCHIVES else Path(path)
 
 

@@ -6,11 +6,13 @@ FOLDER/tokenizer/config.json, weights.safetensors
 FOLDER/token_predictor/...
 FOLDER/addp/...
 
-or a file of the authors (:mod:`diffrep.frozen.token_files`). Nothing is ever replaced by random weights.
+or a file of the authors (:mod:`diffrep.models.addp_files`); a tokenizer may also be a folder of diffusers' VQModel.
+Nothing is ever replaced by random weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,23 @@ from diffrep.config import Config, validate
 from diffrep.errors import UserError
 from diffrep.files import located, read_json, write_json
 from diffrep.frozen.base import FrozenModule
+from diffrep.frozen.vqmodel import VQModelConfig, VQModelTokenizer, is_vqmodel, read_vqmodel
+from diffrep.models.addp_files import KINDS, WORDS, Heads, OfficialFile, described, split
 from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
-from diffrep.models.convert import fitted
-from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig
-from diffrep.models.vqgan import VQGAN, VQGANConfig
+from diffrep.models.convert import fitted, unwrap
+from diffrep.models.masked_vit import TokenPredictor
+from diffrep.models.stored import read_checkpoint
+from diffrep.models.vqgan import VQGAN
 from diffrep.models.weights import read_weights, write_weights
 
-KINDS: dict[str, tuple[type[nn.Module], type[Config]]] = {
-    "tokenizer": (VQGAN, VQGANConfig),
-    "token_predictor": (TokenPredictor, TokenPredictorConfig),
-    "addp": (ADDPVit, ADDPVitConfig),
+WEIGHTS, CARD = "weights.safetensors", "config.json"
+
+# What travels with the files of each layout. The authors of ADDP contradict themselves.
+LICENCES = {
+    "addp": "contradictory: Apache-2.0 (README, model page), CC BY-NC 4.0 (LICENSE file); take it as non-commercial",
+    "mage": "MIT (that of the MAGE repository)",
+    "tokenizer": "unknown (MAGE, which passes it on, is under MIT)",
 }
-WORDS = {"tokenizer": "tokenizer", "token_predictor": "token predictor", "addp": "ADDP network"}
 
 
 class Tokenizer(FrozenModule):
@@ -42,7 +49,7 @@ class Tokenizer(FrozenModule):
     num_codes: K.
     """
 
-    module: VQGAN
+    module: VQGAN | VQModelTokenizer
 
     @property
     def stride(self) -> int:
@@ -60,7 +67,9 @@ class Tokenizer(FrozenModule):
         """
         height, width = images.shape[-2:]
         if height % self.stride or width % self.stride:
-            raise UserError(f"{self.name} makes one token of {self.stride} pixels: {height}x{width} is not divisible")
+            near = sorted({_near(height, width, self.stride, up) for up in (0, 1)})
+            told = f"{height}x{width} is not divisible; valid near it: {' or '.join(f'{h}x{w}' for h, w in near)}"
+            raise UserError(f"{self.name} makes one token of {self.stride} pixels: {told}")
         return height // self.stride, width // self.stride
 
     @torch.no_grad()
@@ -85,9 +94,21 @@ class Tokenizer(FrozenModule):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, L, c) -> (B, 3, H, W), around [0, 1] but not held there."""
+        """(B, L, c) -> (B, 3, H, W), around [0, 1] but not held there.
+
+        Raises:
+            UserError: a tokenizer of an encoder alone.
+        """
+        if not self.module.config.decoder:
+            raise UserError(f"the tokenizer {self.name} has no decoder: it makes ids of images, and no images")
         self.follow(latents)
         return self.module.decode(latents, grid)
+
+
+def _near(height: int, width: int, stride: int, up: int) -> tuple[int, int]:
+    """The next size that the stride divides, below (never nothing) or above."""
+    high, wide = (max(1, side // stride + (up if side % stride else 0)) * stride for side in (height, width))
+    return high, wide
 
 
 class FrozenPredictor(FrozenModule):
@@ -113,7 +134,10 @@ class FrozenADDP(FrozenModule):
 
 
 def load_tokenizer(reference: str) -> Tokenizer:
-    """Raises UserError: no such folder, no tokenizer in it, a damaged or unfitting file."""
+    """Raises UserError: nothing there, no tokenizer in it, a damaged or unfitting file."""
+    place = located(reference)
+    if place.is_dir() and is_vqmodel(place):
+        return Tokenizer(read_vqmodel(place), place.name, "unknown")
     module, card = read_network(reference, "tokenizer")
     return Tokenizer(module, card["name"], card["licence"])
 
@@ -121,14 +145,14 @@ def load_tokenizer(reference: str) -> Tokenizer:
 def load_predictor(reference: str, tokenizer: Tokenizer) -> FrozenPredictor:
     """Raises UserError: as :func:`load_tokenizer`, or a codebook of another size than the tokenizer's."""
     module, card = read_network(reference, "token_predictor")
-    _same_codes(reference, "token_predictor", module.config.num_codes, tokenizer)
+    _same_codes(reference, "token_predictor", module.config, tokenizer)
     return FrozenPredictor(module, card["name"], card["licence"])
 
 
 def load_addp(reference: str, tokenizer: Tokenizer) -> FrozenADDP:
     """Raises UserError: as :func:`load_predictor`, or patches that are not the tokenizer's tokens."""
     module, card = read_network(reference, "addp")
-    _same_codes(reference, "addp", module.config.num_codes, tokenizer)
+    _same_codes(reference, "addp", module.config, tokenizer)
     if module.config.patch_size != tokenizer.stride:
         told = (
             f"patches of {module.config.patch_size} pixels, the tokenizer {tokenizer.name} tokens of {tokenizer.stride}"
@@ -137,20 +161,27 @@ def load_addp(reference: str, tokenizer: Tokenizer) -> FrozenADDP:
     return FrozenADDP(module, card["name"], card["licence"])
 
 
-def _same_codes(reference: str, kind: str, codes: int, tokenizer: Tokenizer) -> None:
-    if codes != tokenizer.num_codes:
-        told = f"knows {codes} codes, the tokenizer {tokenizer.name} has {tokenizer.num_codes}"
-        raise UserError(f"{reference}: this {WORDS[kind]} {told}; they were not trained together")
+def _same_codes(reference: str, kind: str, config: Any, tokenizer: Tokenizer) -> None:
+    if config.num_codes != tokenizer.num_codes:
+        told = f"knows {config.num_codes} codes, the tokenizer {tokenizer.name} has {tokenizer.num_codes}"
+        size = described(kind, config)
+        raise UserError(f"{reference}: this {WORDS[kind]} ({size}) {told}; they were not trained together")
 
 
-# Folders
+# Folders and files
 
 
 def write_network(folder: Path, kind: str, network: nn.Module, name: str, licence: str) -> None:
     """``folder/KIND/``: the weights, then what is needed to build the network again."""
-    card = {"kind": kind, "name": name, "licence": licence, "config": network.config.model_dump(mode="json")}
-    write_weights(folder / kind / "weights.safetensors", network.state_dict())
-    write_json(folder / kind / "config.json", card)
+    config: Config = network.config
+    write_part(folder, kind, config, network.state_dict(), name, licence)
+
+
+def write_part(folder: Path, kind: str, config: Config, state: Mapping[str, Tensor], name: str, licence: str) -> None:
+    """:func:`write_network` of tensors that no network holds."""
+    card = {"kind": kind, "name": name, "licence": licence, "config": config.model_dump(mode="json")}
+    write_weights(folder / kind / WEIGHTS, state)
+    write_json(folder / kind / CARD, card)
 
 
 def read_network(reference: str, kind: str) -> tuple[Any, dict[str, Any]]:
@@ -159,19 +190,65 @@ def read_network(reference: str, kind: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: not there, or its weights do not fit its config.
     """
-    folder = _place(located(reference), kind, reference)
-    card = read_json(folder / "config.json")
-    build, config = KINDS[kind]
-    network = build(validate(config, card.get("config"), str(folder / "config.json")))
-    state = read_weights(folder / "weights.safetensors")
-    network.load_state_dict(fitted(state, network.state_dict(), str(folder / "weights.safetensors")))
+    place = located(reference)
+    if place.is_file():
+        return _from_file(place, kind, reference)
+    places = held(place)
+    if kind not in places:
+        raise UserError(f"{reference} {_instead(place, places)} no {WORDS[kind]}; {_valid(kind)}")
+    config, state, card = read_part(places[kind], kind)
+    build = VQModelTokenizer if isinstance(config, VQModelConfig) else KINDS[kind][0]
+    network = build(config)
+    network.load_state_dict(fitted(state, network.state_dict(), str(places[kind] / WEIGHTS)))
     return network, card
 
 
-def _place(folder: Path, kind: str, reference: str) -> Path:
-    for place in (folder / kind, folder):
-        card = read_json(place / "config.json") if (place / "config.json").exists() else None
-        if isinstance(card, dict) and card.get("kind") == kind:
-            return place
-    wanted = f"a folder with {kind}/config.json, as diffrep convert or a run of ours writes it"
-    raise UserError(f"{reference} holds no {WORDS[kind]}; valid: {wanted}")
+def _valid(kind: str) -> str:
+    return f"valid: a folder with {kind}/{CARD}, as diffrep convert or a run of ours writes it, or an official file"
+
+
+def _instead(place: Path, found: Mapping[str, Path]) -> str:
+    """What stands in the place of the network that was asked for."""
+    if not place.exists():
+        return "does not exist and holds"
+    return f"holds {', '.join(WORDS[kind] for kind in found)} and" if found else "holds"
+
+
+def held(folder: Path) -> dict[str, Path]:
+    """{kind: where it stands} of the networks in a folder that ``diffrep convert`` or a run of ours wrote."""
+    found = {}
+    for kind in KINDS:
+        for place in (folder / kind, folder):
+            card = read_json(place / CARD) if (place / CARD).is_file() else None
+            if kind not in found and isinstance(card, dict) and card.get("kind") == kind:
+                found[kind] = place
+    return found
+
+
+def read_part(place: Path, kind: str) -> tuple[Any, Mapping[str, Tensor], dict[str, Any]]:
+    """Config, tensors and card of one of our folders."""
+    card = {"name": place.name, "licence": "unknown"} | read_json(place / CARD)
+    values = card.get("config")
+    is_foreign = kind == "tokenizer" and isinstance(values, dict) and "vqmodel" in values
+    config = validate(VQModelConfig if is_foreign else KINDS[kind][1], values, str(place / CARD))
+    return config, read_weights(place / WEIGHTS), card
+
+
+def read_official(path: Path, heads: Heads | None = None) -> OfficialFile:
+    """A file of the authors, or one that official code wrote; nothing in it is run.
+
+    Raises:
+        UserError: a damaged file, one of another kind, and what :func:`diffrep.models.addp_files.split` refuses.
+    """
+    return split(unwrap(read_checkpoint(path), str(path)), str(path), heads)
+
+
+def _from_file(path: Path, kind: str, reference: str) -> tuple[nn.Module, dict[str, Any]]:
+    official = read_official(path)
+    if kind not in official.parts:
+        told = ", ".join(WORDS[k] for k in official.parts)
+        raise UserError(f"{reference} holds {told} and no {WORDS[kind]}; {_valid(kind)}")
+    part = official.parts[kind]
+    network = KINDS[kind][0](part.config)
+    network.load_state_dict(part.state)
+    return network, {"name": path.name, "licence": LICENCES[official.layout]}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffrep.config import validate
 from diffrep.errors import UserError, nearest
-from diffrep.files import read_json
+from diffrep.files import read_json, write_atomic
 from diffrep.models import convert
 from diffrep.models.students import Student, StudentConfig
 from diffrep.models.weights import read_weights
 
-PICKLES = (".pt", ".pth", ".th")
+PICKLES = (".pt", ".pth", ".th", ".ckpt")
+HARMLESS = [argparse.Namespace]  # settings that many training scripts keep beside their weights: a holder of values
 
 
 def fresh_student(folder: Path) -> Student:
@@ -54,8 +59,15 @@ def read_checkpoint(path: Path) -> Any:
     if path.suffix not in PICKLES:
         raise UserError(f"{path} is no weights file; {nearest(path.suffix, ['.safetensors', *PICKLES])}")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged pickle raises whatever it likes
         why = "it is damaged, or a pickle that wants to run code; nothing of it was run"
         raise UserError(f"{path} cannot be loaded: {why}") from None
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor], wrapper: str) -> None:
+    """``{wrapper: {name: tensor}}`` as the file that official code loads; nothing but tensors is in it."""
+    content = io.BytesIO()
+    torch.save({wrapper: dict(state)}, content)
+    write_atomic(path, content.getvalue())
