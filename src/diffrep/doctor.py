@@ -15,7 +15,7 @@ from diffrep.assets import ASSETS
 from diffrep.data.sources import KINDS
 
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
-EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text"}
+EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text", "torch_fidelity": "scores"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
 
 

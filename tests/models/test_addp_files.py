@@ -23,9 +23,10 @@ def parts_of(configs, device="meta"):
     """Networks with no values, or with values that are all different."""
     with torch.device("meta"):
         states = {kind: KINDS[kind][0](config).state_dict() for kind, config in configs.items()}
-    rng = torch.Generator().manual_seed(0)
-    made = {k: {n: torch.randn(v.shape, generator=rng) for n, v in s.items()} for k, s in states.items()}
-    return {kind: Part(config, (states if device == "meta" else made)[kind]) for kind, config in configs.items()}
+    if device != "meta":
+        rng = torch.Generator().manual_seed(0)
+        states = {k: {n: torch.randn(v.shape, generator=rng) for n, v in s.items()} for k, s in states.items()}
+    return {kind: Part(config, states[kind]) for kind, config in configs.items()}
 
 
 @pytest.fixture

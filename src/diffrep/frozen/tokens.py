@@ -199,7 +199,8 @@ def read_network(reference: str, kind: str) -> tuple[Any, dict[str, Any]]:
     config, state, card = read_part(places[kind], kind)
     build = VQModelTokenizer if isinstance(config, VQModelConfig) else KINDS[kind][0]
     network = build(config)
-    network.load_state_dict(fitted(state, network.state_dict(), str(places[kind] / WEIGHTS)))
+    what = f"{places[kind] / WEIGHTS} is no {WORDS[kind]} as its {CARD} says ({described(kind, config)})"
+    network.load_state_dict(fitted(state, network.state_dict(), what))
     return network, card
 
 

@@ -55,7 +55,8 @@ class ADDPConfig(MethodConfig):
     token_predictor: str
     network: TransformerConfig = TransformerConfig()
     mask: MaskConfig = MaskConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)  # over all V ids, also those that never occur: official
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    codes_alone: bool = False  # in the loss: leave out the 1001 ids that never occur; official: all V compete
     keep_tokenizer_norm: bool = False  # in the exported ViT; official fine-tuning drops it
 
 
@@ -81,7 +82,7 @@ class ADDP(Method):
         order = rng.uniform(ids.shape[1]).to(ids.device)
         m_t, m_next = lowest(order, masked), lowest(order, noisier)
         x_t, target = self.teach(ids, m_t, m_next)
-        logits = self.network(x_t, ids, m_t)
+        logits = self.network(x_t, ids, m_t)[..., : self.tokenizer.num_codes if self.config.codes_alone else None]
         each = losses.soft_token_cross_entropy(logits, target, self.config.label_smoothing)
         return {"loss": losses.mean_at(each, m_t), "masked_share": m_t.float().mean()}
 
