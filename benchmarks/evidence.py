@@ -123,6 +123,8 @@ def paired(arms: Arms, one: str, other: str, key: str) -> list[float]:
 
 def verdict(differences: list[float]) -> str:
     """In words: a sign that every seed shares is a finding, anything else is not."""
+    if len(differences) == 1:
+        return "one seed: undecided"
     above = sum(d > 0 for d in differences)
     if above == len(differences):
         return "better in every seed"

@@ -95,11 +95,12 @@ def _sweeps() -> list[str]:
     arms = recorded(dmkd_digits_sweeps())
     if not arms:
         return []
-    seeds = sorted({seed for by_seed in arms.values() for seed in by_seed})
+    pupils = [len(by_seed) for stage, by_seed in arms.items() if stage.endswith("_pupil")]
+    told = f"{max(pupils)} seeds" if min(pupils) == max(pupils) else f"{min(pupils)} to {max(pupils)} seeds per cell"
     return [
         "## Digits: guidance, steps, samplers, teachers",
         "",
-        f"`diffrep run dmkd_digits_sweeps` ({len(seeds)} seeds).",
+        f"`diffrep run dmkd_digits_sweeps` ({told}; a cell without ± is of one seed).",
         "",
         *_fidelity(arms),
         *_samplers(arms),

