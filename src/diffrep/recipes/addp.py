@@ -2,7 +2,8 @@
 
 What decides over success at this size: a rate of 5e-3 (at 1e-3 the networks learn what each place looks like, and not
 how places depend on each other), position and token tables that begin at a scale of 0.5 (official 0.02), a loss over
-the codes alone, no label smoothing, no shifted images, tokens that look at few pixels. No gain in recognition is to be expected of 8-pixel digits.
+the codes alone, no label smoothing, no shifted images, and tokens that look at few pixels. No gain in recognition is
+to be expected of 8-pixel digits.
 """
 
 from __future__ import annotations
