@@ -16,14 +16,23 @@ BOTTOM = {
     "_torchvision_compat",
 }  # fmt: skip
 # The top: may import any room.
-FREE = {"", "__main__", "assemble", "rehearsal", "stages", "studies", "api", "words", "doctor", "cli"}
+FREE = {"", "__main__", "assemble", "rehearsal", "stages", "generation", "studies", "api", "words", "doctor", "cli"}
 # Room -> what its files may import besides the bottom and their own room. A dot names one page of a room.
 TABLE = {
     "diffusion": set(),
     "models": set(),
     "data": set(),
     "frozen": {"models", "diffusion", "data.batch"},
-    "launch": {"methods.synthesis", "frozen.pipelines"},
+    "launch": {
+        "methods.synthesis",
+        "methods.addp",
+        "methods.token_predictor",
+        "models.addp_vit",
+        "frozen",
+        "diffusion",
+        "data.images",
+        "data.shards",
+    },
     "methods": {"methods.base", "frozen", "models", "diffusion", "data.batch", "data.shards"},
     "training": {"training", "methods.base", "data"},
     "evaluation": {"data", "models", "frozen"},

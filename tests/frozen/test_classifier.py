@@ -285,7 +285,7 @@ def test_damaged_files_are_refused(file, tmp_path, spoil, suffix, words):
         ("nowhere.pth", "does not exist here; a classifier is a run folder, a weights file, timm:NAME"),
         ("", "holds no classifier (no config.json)"),
         ("random:random:x", "'random:x' does not exist here"),
-        ("notes.txt", "notes.txt is no weights file; valid: .pt, .pth, .safetensors, .th"),
+        ("notes.txt", "notes.txt is no weights file; valid: .ckpt, .pt, .pth, .safetensors, .th"),
         ("empty.pth", "holds a dict and no weights by name"),
         ("scores.pth", "holds best_acc besides tensors"),
         ("strange.pth", "no network known here has its keys (a, b): set architecture"),

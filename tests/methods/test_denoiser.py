@@ -12,7 +12,7 @@ from diffrep import _torchvision_compat
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
 from diffrep.frozen.diffusion import load_teacher
-from diffrep.frozen.generator import DiffusionGenerator
+from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig
 from diffrep.methods.denoiser import Denoiser, DenoiserConfig
 from diffrep.randomness import Rows, stream
 
@@ -133,7 +133,8 @@ def test_diffusers_loads_a_conditional_model_and_ours_samples_it_with_guidance(t
         expected = unet(images, step, class_labels=labels, return_dict=False)[0]
     assert torch.equal(teacher.predict(images, step, labels), expected)
     generator = DiffusionGenerator(teacher)
-    plain, strong = (generator.sample(labels, [0, 1], "2", guidance_scale=s) for s in (1.0, 4.0))
+    walks = (SamplingConfig(num_sampling_steps="2", guidance_scale=s) for s in (1.0, 4.0))
+    plain, strong = (generator.sample(labels, [0, 1], walk) for walk in walks)
     assert plain.shape == (2, 3, 8, 8) and torch.isfinite(strong).all() and not torch.equal(plain, strong)
 
 

@@ -1,6 +1,7 @@
 """The first road: routing of gradients, the policy, hidden labels, the store: pytest tests/methods/test_repfusion.py"""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def trained(recipe_, tmp_path):
     for step in range(3):
         trainer.step(step)
     state = {n: v.clone() for n, v in parts.method.state_dict().items()}
-    return state, assembly.scores(recipe_, parts, torch.device("cpu"))
+    return state, assembly.scores(recipe_, parts, Path(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,7 @@ def test_the_probe_is_fitted_on_the_draw_that_training_saw(monkeypatch, own_seed
     task = recipe(RECIPES["finetune_debug"]().method, labels=20, seed=3, label_seed=own_seed)
     task = task.model_copy(update={"evaluate": EvaluateConfig(probe_labels=(20, 50))})
     parts = assemble(task)
-    assembly.scores(task, parts, torch.device("cpu"))
+    assembly.scores(task, parts, Path(), torch.device("cpu"))
     assert torch.equal(asked[0], parts.labelled) and torch.equal(asked[1][:20], asked[0]) and len(asked[1]) == 50
 
 
