@@ -73,29 +73,46 @@ def addp_digits_network() -> Recipe:
     )  # fmt: skip
 
 
+def _joined(tokenizer: Recipe, predictor: Recipe, network: Recipe) -> dict[str, Recipe]:
+    """The three as stages, each reading those before it."""
+    before = {"tokenizer": "stage:tokenizer", "token_predictor": "stage:token_predictor"}
+    first = predictor.method.model_copy(update={"tokenizer": before["tokenizer"]})
+    second = network.method.model_copy(update=before)
+    return {
+        "tokenizer": tokenizer,
+        "token_predictor": predictor.model_copy(update={"method": first, "needs": ()}),
+        "addp": network.model_copy(update={"method": second, "needs": ()}),
+    }
+
+
 def addp_digits() -> Study:
-    """All three."""
-    teacher = token_predictor_digits()
-    network = addp_digits_network()
+    """All three, then what the encoder is worth to a linear probe: no gain over raw pixels is to be expected."""
     return Study(
         name="addp_digits",
         about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits.",
-        stages={
-            "tokenizer": tokenizer_digits(),
-            "token_predictor": teacher.model_copy(
-                update={"method": teacher.method.model_copy(update={"tokenizer": "stage:tokenizer"})}
-            ),
-            "addp": network.model_copy(
-                update={
-                    "method": network.method.model_copy(
-                        update={"tokenizer": "stage:tokenizer", "token_predictor": "stage:token_predictor"}
-                    )
-                }
-            ),
-        },
-        arms={"addp": "ADDP"},
+        stages=_joined(tokenizer_digits(), token_predictor_digits(), addp_digits_network()),
+        arms={"addp": "ADDP: pretrained encoder"},
         headline="linear_probe_50",
     )
 
 
-RECIPES = (tokenizer_digits, token_predictor_digits, addp_digits_network, addp_digits)
+def addp_debug() -> Study:
+    """Two steps of each."""
+    two = TrainConfig(steps=2, batch_size=8)
+    tokenizer, predictor, network = tokenizer_digits(), token_predictor_digits(), addp_digits_network()
+    small = TransformerConfig(**SMALL | {"embed_dim": 16}, depth=1, decoder_depth=1)
+    tokenizer = tokenizer.model_copy(update={"train": two})
+    predictor = predictor.model_copy(
+        update={"train": two, "method": predictor.method.model_copy(update={"network": small})}
+    )
+    network = network.model_copy(update={"train": two, "method": network.method.model_copy(update={"network": small})})
+    return Study(
+        name="addp_debug",
+        about="Two steps of tokenizer, token predictor and ADDP.",
+        stages=_joined(tokenizer, predictor, network),
+        arms={"addp": "ADDP: pretrained encoder"},
+        headline="linear_probe_50",
+    )
+
+
+RECIPES = (tokenizer_digits, token_predictor_digits, addp_digits_network, addp_digits, addp_debug)
