@@ -122,8 +122,8 @@ def _fidelity(arms: Arms) -> list[str]:
     ]
     return [
         "**Guidance s x steps T at equal compute**: every set may spend 22,000 network calls, so more steps or "
-        "guidance mean fewer images (4,400 at s = 1, T = 5; 110 at s > 1, T = 100). The paper reports that low fidelity "
-        "(small s, few steps) teaches better than high fidelity. Student top-1:",
+        "guidance mean fewer images (4,400 at s = 1, T = 5; 110 at s > 1, T = 100). The paper reports that low "
+        "fidelity (small s, few steps) teaches better than high fidelity. Student top-1:",
         "",
         head,
         "|---|---|---|---|",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffrep import assets, stages
 from diffrep.assemble import default_device, estimate, train
 from diffrep.config import validate
-from diffrep.console import progress
+from diffrep.console import progress, wish_to_stop
 from diffrep.data import datasets
 from diffrep.data.datasets import DataConfig, ImageSet, Split
 from diffrep.data.shards import read_manifest
@@ -23,6 +20,7 @@ from diffrep.evaluation.tokenize import tokenize
 from diffrep.files import short_hash
 from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.token_files import convert
+from diffrep.generation import generate, generation_cost
 from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
 from diffrep.launch.jobs import Engine, close
@@ -35,8 +33,8 @@ from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
 
 __all__ = [
-    "card", "convert", "dry_run", "evaluate", "features", "load_data", "load_teacher", "probe", "recipes",
-    "regenerate", "report", "run", "score", "show", "synthesis_cost", "synthesize", "tokenize",
+    "card", "convert", "dry_run", "evaluate", "features", "generate", "generation_cost", "load_data", "load_teacher",
+    "probe", "recipes", "regenerate", "report", "run", "score", "show", "synthesis_cost", "synthesize", "tokenize",
 ]  # fmt: skip
 
 
@@ -367,26 +365,6 @@ def default_run_dir(task: Recipe | Study) -> Path:
     seed = "_".join(map(str, task.seeds)) if isinstance(task, Study) else str(task.seed)
     seed = seed if len(seed) < 40 else short_hash(seed)
     return Path("runs") / f"{task.name}-s{seed}-{recipe_hash(task)}"
-
-
-@contextmanager
-def wish_to_stop() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM becomes a question the loop asks after each step; a second Ctrl-C ends at once."""
-    wished = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield wished.is_set
-        return
-
-    def note(_number: int, _frame: object) -> None:
-        wished.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wished.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _set_threads(threads: int) -> None:

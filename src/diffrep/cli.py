@@ -16,6 +16,7 @@ import typer
 from diffrep import __version__
 from diffrep.errors import DiffrepError
 from diffrep.evaluation.options import score_verb
+from diffrep.launch.generate_verb import add_generate_verb
 from diffrep.launch.options import synthesize_verb, with_partition
 from diffrep.launch.parsing import integers as _integers
 from diffrep.launch.parsing import numbers as _numbers
@@ -186,10 +187,12 @@ def _perform(verb: str, given: dict[str, Any], as_json: bool) -> None:
     from diffrep import api, words
 
     found = getattr(api, verb)(**given)
-    _print(json.dumps(found, indent=2) if as_json else getattr(words, verb)(found))
+    if found:  # the other processes of torchrun say nothing
+        _print(json.dumps(found, indent=2) if as_json else getattr(words, verb)(found))
 
 
 add_token_verbs(app, _perform)
+add_generate_verb(app, _perform)
 
 
 @app.command()

@@ -1,11 +1,16 @@
-"""What a person sees while waiting: a bar on a terminal, plain lines elsewhere, nothing for the first two seconds."""
+"""What a person sees while waiting, and how one asks to stop.
+
+A bar on a terminal, plain lines elsewhere, nothing for the first two seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 QUIET_SECONDS = 2.0
 LINE_EVERY = 10.0  # seconds between plain lines
@@ -21,6 +26,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counts(numbers: Sequence[int], most: int = 24) -> str:
+    """``16 15 12 8 1``; of many only the first and the last."""
+    if len(numbers) <= most:
+        return " ".join(map(str, numbers))
+    return f"{counts(numbers[:4])} ... {counts(numbers[-4:])}"
 
 
 def status_line(label: str, done: int, total: int, elapsed: float, began_at: int = 0) -> str:
@@ -83,3 +95,23 @@ def _bar(label: str) -> Iterator[Report]:
         yield report
     finally:
         bar.stop()
+
+
+@contextlib.contextmanager
+def wish_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM becomes a question the loop asks after each step; a second Ctrl-C ends at once."""
+    wished = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield wished.is_set
+        return
+
+    def note(_number: int, _frame: object) -> None:
+        wished.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wished.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.assets import Asset
-from diffrep.console import duration
+from diffrep.console import counts, duration
 from diffrep.taps import Tap
 
 
@@ -200,3 +200,40 @@ def tokenize(found: dict[str, Any]) -> str:
         f"licence: {found['licence']}",
     ]
     return "\n".join(lines + ([f"written: {found['out']}"] if found["out"] else []))
+
+
+def generate(found: dict[str, Any]) -> str:
+    """A folder of generated images."""
+    height, width = found["image_size"]
+    there = found["images"] - found["made"]
+    made = f"{found['images']} images of {width}x{height} pixels" + (
+        f", {there} of them there already" if there else ""
+    )
+    steps = f"{len(found['masked']) - 1} steps, tokens masked: {counts(found['masked'])}"
+    licences = " / ".join(dict.fromkeys(found["licences"].values()))
+    return "\n".join(
+        [
+            f"{made}; {found['name']}, {steps}",
+            f"licence, that of the networks: {licences}",
+            f"folder: {found['out']}; page: {found['out']}/index.html",
+        ]
+    )
+
+
+def generation_cost(found: dict[str, Any]) -> str:
+    """Of a dry run."""
+    parts = [[part, amount(n["calls"]), amount(n["multiply_adds"])] for part, n in found["parts"].items()]
+    parts.append(["all", "", amount(found["multiply_adds"])])
+    licences = " / ".join(dict.fromkeys(found["licences"].values()))
+    return "\n".join(
+        [
+            table(["part", "calls", "multiply-adds (counted)"], parts),
+            "",
+            f"images            {found['images']}, each in {found['steps']} steps, {found['block_size']} at once",
+            f"time, about       {duration(found['seconds'])} of one worker (from one block on this machine)",
+            f"memory, at least  {size(found['memory_bytes'])} per process",
+            f"disk, about       {size(found['disk_bytes'])} (from that block)",
+            f"licence           {licences}",
+            "nothing was written",
+        ]
+    )

@@ -1,5 +1,6 @@
 """Images of token models, whoever makes them: pytest tests/launch/test_generate.py"""
 
+import contextlib
 import json
 import math
 import os
@@ -13,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep import api
 from diffrep.diffusion.masking import AlternationConfig, ImageDraws, masked_after
 from diffrep.errors import UserError
 from diffrep.frozen.tokens import load_predictor, load_tokenizer, read_network, write_network
-from diffrep.launch import film
+from diffrep.launch import film, generation_cost
 from diffrep.launch.generate import Generation, GenerationConfig
-from diffrep.launch.generation_cost import counted, decoder_multiply_adds, encoder_multiply_adds
+from diffrep.launch.generation_cost import counted, decoder_multiply_adds, encoder_multiply_adds, estimate
 from diffrep.methods.addp import alternate, as_uint8
 from diffrep.methods.token_predictor import mage, mage_counts
 from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
@@ -92,7 +94,7 @@ def test_any_number_in_any_order_gives_the_same_bytes(model, seven, tmp_path):
     assert images(tmp_path / "other").items() <= whole.items()
     kept = (tmp_path / "one" / "seed-000003.png").stat().st_mtime_ns
     found = api.generate(model, tmp_path / "one", seeds=range(7))
-    assert images(tmp_path / "one") == whole and found["made"] == 7  # its walk is kept now, the file stays
+    assert images(tmp_path / "one") == whole and found["made"] == 6
     assert (tmp_path / "one" / "seed-000003.png").stat().st_mtime_ns == kept
     assert api.generate(model, tmp_path / "one", seeds=range(7))["made"] == 0
 
@@ -132,9 +134,18 @@ def test_a_killed_command_goes_on(model, seven, tmp_path):
     torn = out / "seed-000001.png"
     torn.write_bytes(torn.read_bytes()[:50])  # as a failing disk leaves it
     done = commands.run(tmp_path, "generate", model, "--out", "out", "--images", 7)
-    assert done.code == 0, done.err
+    assert done.code == 0 and "of them there already" in done.out, done.err
     assert images(seven).items() <= images(out).items()
     assert not list(out.rglob("*.part"))
+
+
+def test_ctrl_c_ends_after_the_image(model, seven, tmp_path):
+    command = commands.Command(tmp_path, "generate", model, "--out", "out", "--images", 2000)
+    command.until(lambda: len(images(tmp_path / "out")) >= 3)
+    command.send(signal.SIGINT)
+    done = command.wait()
+    assert done.code == 130 and "the same command goes on from here" in done.line
+    assert all(images(seven).get(name, content) == content for name, content in images(tmp_path / "out").items())
 
 
 def test_a_folder_takes_one_model_and_one_way(model, seven, tmp_path):
@@ -208,6 +219,9 @@ def test_regions(model, photo, tmp_path):
     by_mask = repaired(model, tmp_path / "mask", photo, mask=str(tmp_path / "white.png"))[0]
     by_box = repaired(model, tmp_path / "box", photo, box=(2, 2, 6, 6))[0]
     assert np.array_equal(by_mask, by_box)
+    assert np.array_equal(repaired(model, tmp_path / "box", photo, (0, 1), box=(2, 2, 6, 6))[0], by_box)  # goes on
+    with pytest.raises(UserError, match="images of another repair"):
+        repaired(model, tmp_path / "box", photo, box=(2, 2, 6, 8))
     whole = {"repair": {"image": str(photo), "box": (0, 0, 8, 8)}}
     from_masks, covered = (Generation(model, GenerationConfig(**how), range(1)).draw([0]) for how in ({}, whole))
     assert torch.equal(from_masks, covered)  # everything hidden is a blank image
@@ -282,17 +296,24 @@ def test_multiply_adds_of_the_specification():
         assert round((decoder_multiply_adds(base, visible) + embedded) / 1e9, 2) == added
 
 
+@contextlib.contextmanager
+def counted_for_real():
+    """Torch's counter knows no fused attention of a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 @pytest.mark.parametrize("how", [{}, {"alternation": {"steps": 5, "schedule": "linear"}}, {"by": "predictor"}])
 def test_what_is_counted_is_what_is_computed(model, how):
     generation = Generation(model, GenerationConfig(**how), range(1))
-    with FlopCounterMode(display=False) as counter:
+    with counted_for_real() as counter:
         generation.draw([0])
     assert sum(n for _, n in counted(generation).values()) == counter.get_total_flops() // 2
 
 
 def test_a_repair_is_counted_with_its_image(model, photo):
     generation = Generation(model, GenerationConfig(repair={"image": str(photo), "ratio": 0.5}), range(1))
-    with FlopCounterMode(display=False) as counter:
+    with counted_for_real() as counter:
         generation.draw([0])
     distances = 16 * 11 * 4  # of latents to codes
     assert sum(n for _, n in counted(generation).values()) + distances == counter.get_total_flops() // 2
@@ -301,9 +322,17 @@ def test_a_repair_is_counted_with_its_image(model, photo):
 def test_dry_run_writes_nothing(model, tmp_path):
     done = commands.run(tmp_path, "generate", model, "--images", 50, "--dry-run", "--json")
     found = json.loads(done.out)
-    assert found["images"] == 50 and found["parts"]["decoder"]["calls"] == 50 * (1 + 16 - 3)
+    assert found["images"] == 50 and found["parts"]["decoder"]["calls"] == 50 * (1 + 16 - 4)  # one table for all masked
     assert found["seconds"] > 0 and found["memory_bytes"] > 1e6 and not list(tmp_path.iterdir())
     assert "nothing was written" in commands.run(tmp_path, "generate", model, "--dry-run").out
+
+
+def test_a_long_walk_is_timed_on_two_steps(model, monkeypatch):
+    monkeypatch.setattr(generation_cost, "TIMED", 0)
+    generation = Generation(model, GenerationConfig(), range(3))
+    found = estimate(generation, "cpu")
+    assert found["steps"] == 16 and found["seconds"] > 0 and len(generation.counts) == 16
+    assert found["multiply_adds"] == 3 * sum(n for _, n in counted(generation).values())
 
 
 # Bad input

@@ -1,7 +1,8 @@
 """A shard as a task that any process can do: everything it needs, in one value that can be sent.
 
-An engine is a function (job, numbers, report, stop) that has ``job.make(number)`` called for each number, somewhere.
-Shards are written aside and renamed, so two workers that make the same one do no harm.
+An engine is a function (job, numbers, report, stop) that has ``job.make(number)`` called for each number, somewhere;
+what a number stands for, a shard or some images, is the job's own business. What is made is written aside and renamed,
+so two workers that make the same do no harm.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -25,6 +26,39 @@ Images = Callable[[int], None]  # told of images as they are done
 Stop = Callable[[], bool]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Opened(Protocol):
+    """A job with its networks loaded."""
+
+    def is_made(self, folder: Path, number: int) -> bool:
+        """Whether some worker has made this piece."""
+
+    def rows(self, number: int) -> Sized:
+        """The images of one piece."""
+
+
+class Job(Protocol):
+    """Work in numbered pieces: a frozen dataclass, so that it can be sent."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def folder(self) -> str:
+        """Where results go."""
+
+    @property
+    def device(self) -> str | None:
+        """Where to compute; None: a GPU where the worker has one."""
+
+    def open(self) -> Opened:
+        """Once per process."""
+
+    def make(self, number: int, report: Images = ..., stop: Stop = ...) -> dict[str, Any]:
+        """Make one piece; ``images`` says how many it holds."""
+
+    def anywhere(self) -> Job:
+        """The same job for a worker that starts in another folder."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +94,7 @@ class ShardJob:
         return replace(self, generator=_full_path(self.generator), synthesis=json.dumps(synthesis))
 
 
-Engine = Callable[[ShardJob, Sequence[int], Images, Stop], None]
+Engine = Callable[[Job, Sequence[int], Images, Stop], None]
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +126,7 @@ def _full_path(reference: str) -> str:
     return head + str(found.resolve()) if found.exists() else reference
 
 
-def here(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+def here(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
     """The engine without any machinery: one shard after the other, in this process."""
     for number in numbers:
         job.make(number, report, stop)
@@ -101,14 +135,14 @@ def here(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> N
 class Noted:
     """Tells of shards that others make, from the notes they leave in the folder."""
 
-    def __init__(self, job: ShardJob, numbers: Sequence[int], report: Images) -> None:
-        self.synthesis, self.folder, self.report = job.open(), Path(job.folder), report
+    def __init__(self, job: Job, numbers: Sequence[int], report: Images) -> None:
+        self.opened, self.folder, self.report = job.open(), Path(job.folder), report
         self.waiting = set(numbers)
 
     def look(self) -> None:
-        for number in [n for n in self.waiting if self.synthesis.is_made(self.folder, n)]:
+        for number in [n for n in self.waiting if self.opened.is_made(self.folder, n)]:
             self.waiting.remove(number)
-            self.report(len(self.synthesis.rows(number)))
+            self.report(len(self.opened.rows(number)))
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from diffrep.errors import RunError
-from diffrep.launch.jobs import Engine, Images, ShardJob, Stop, one_thread
+from diffrep.launch.jobs import Engine, Images, Job, Stop, one_thread
 
 
 def side_by_side(jobs: int) -> Engine:
     """An engine of ``jobs`` processes."""
 
-    def run(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+    def run(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
         context = multiprocessing.get_context("spawn")
         news, wish, turn = context.SimpleQueue(), context.Value("b", 0, lock=False), context.Value("i", 0)
         others = set(multiprocessing.active_children())
@@ -80,5 +80,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _make(job: ShardJob, number: int) -> None:
+def _make(job: Job, number: int) -> None:
     replace(job, device=job.device or _device).make(number, _news.put, lambda: bool(_wish.value))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from diffrep.errors import Interrupted, RunError
-from diffrep.launch.jobs import Images, Noted, ShardJob, Stop
+from diffrep.launch.jobs import Images, Job, Noted, Stop
 
 PATIENCE = timedelta(days=100)  # one process may have a shard more to make than another, however long that takes
 
@@ -40,7 +40,7 @@ def group() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def by_rank(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+def by_rank(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
     """The engine of process 0: tell the others what is missing, make a share, wait for theirs."""
     _meet(stop)
     dist.broadcast_object_list([list(numbers)])
@@ -55,7 +55,7 @@ def by_rank(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -
     _meet(stop, theirs)
 
 
-def help_out(job: ShardJob, stop: Stop) -> None:
+def help_out(job: Job, stop: Stop) -> None:
     """What every other process does. It says nothing of its own when process 0 refused."""
     try:
         _meet(stop)
@@ -67,7 +67,7 @@ def help_out(job: ShardJob, stop: Stop) -> None:
     _meet(stop)
 
 
-def _share(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+def _share(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
     gpus = torch.cuda.device_count()
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else None
     for number in numbers:

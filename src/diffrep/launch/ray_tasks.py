@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from diffrep.errors import Interrupted, RunError, UserError
-from diffrep.launch.jobs import THREAD_VARIABLES, Engine, Images, ShardJob, Stop
+from diffrep.launch.jobs import THREAD_VARIABLES, Engine, Images, Job, Stop
 
 RETRIES = 10  # of one shard, when its worker dies
 LATE = 5.0  # seconds after which a shared file must be seen everywhere
@@ -34,7 +34,7 @@ def on_ray(address: str) -> Engine:
     """
     ray = _installed()
 
-    def run(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+    def run(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
         with _connected(ray, address), _token(Path(job.folder)) as token:
             _all(ray, job.anywhere(), numbers, token, report, stop)
 
@@ -81,7 +81,7 @@ def _token(folder: Path) -> Iterator[str]:
         path.unlink(missing_ok=True)
 
 
-def _all(ray: ModuleType, job: ShardJob, numbers: Sequence[int], token: str, report: Images, stop: Stop) -> None:
+def _all(ray: ModuleType, job: Job, numbers: Sequence[int], token: str, report: Images, stop: Stop) -> None:
     """Hand out every shard at once: by the tasks that wait, a cluster knows that it should grow."""
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_make)
@@ -109,7 +109,7 @@ def _answer(ray: ModuleType, done: Any, number: int) -> int:
         raise RunError(f"shard {number}: its workers died ({why}); the same command goes on from here") from None
 
 
-def _make(job: ShardJob, number: int, token: str) -> int:
+def _make(job: Job, number: int, token: str) -> int:
     """One task: the images of one shard."""
     _see(Path(job.folder), token)
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from diffrep.errors import DiffrepError, Interrupted, RunError, UserError
-from diffrep.launch.jobs import Engine, Images, Noted, ShardJob, Stop
+from diffrep.launch.jobs import Engine, Images, Job, Noted, Stop
 
 LOGS = ".slurm"  # inside the set's folder, because all machines must see it; gone when all went well
 MOST = 64  # jobs of one array, unless told otherwise
@@ -32,7 +32,7 @@ TIMEOUTS = 20  # how often one job may be queued again after its time
 class Stretch:
     """Some shards, one after the other; what submitit runs on another machine."""
 
-    job: ShardJob
+    job: Job
     numbers: tuple[int, ...]
 
     def __call__(self) -> tuple[int, str]:
@@ -64,7 +64,7 @@ def on_slurm(partition: str, jobs: int | None = None, executor: Callable[[Path],
     if executor is None and not shutil.which("sbatch"):
         raise UserError("--slurm: there is no sbatch on this machine; run it where Slurm jobs are submitted from")
 
-    def run(job: ShardJob, numbers: Sequence[int], report: Images, stop: Stop) -> None:
+    def run(job: Job, numbers: Sequence[int], report: Images, stop: Stop) -> None:
         if not numbers:
             return
         logs = Path(job.folder) / LOGS

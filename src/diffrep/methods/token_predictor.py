@@ -1,14 +1,19 @@
-"""Train MAGE's token predictor: name the hidden ids of a partly masked image (Li et al. 2023, section 3).
+"""MAGE's token predictor: name the hidden ids of a partly masked image (Li et al. 2023, section 3).
 
-Loss: cross-entropy over the codebook at masked positions, with label smoothing.
+Loss: cross-entropy over the codebook at masked positions, with label smoothing. :func:`mage` generates with the
+predictor alone: the rival of ADDP's alternation.
 Letters: B images, L tokens, K codes.
 
 Deviations from `main_pretrain.py` of MAGE: the encoder sees the mask id where a token is hidden instead of dropping
 half of the tokens (it saves time there and changes what the network is asked); one masked share for a whole batch.
+Generation draws each image from its own seed (official: from the number of its batch), and may begin with some tokens
+visible.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +24,18 @@ from torch import Tensor, nn
 from diffrep import losses
 from diffrep.counting import multiply_adds, on_meta
 from diffrep.data.batch import Batch
-from diffrep.diffusion.masking import MaskConfig, drawn_counts, lowest
-from diffrep.frozen.tokens import load_tokenizer, write_network
+from diffrep.diffusion.masking import (
+    AlternationConfig,
+    Draws,
+    MaskConfig,
+    choice_temperature,
+    confidence,
+    drawn_counts,
+    lowest,
+    masked_after,
+    within_top_p,
+)
+from diffrep.frozen.tokens import FrozenPredictor, Tokenizer, load_tokenizer, write_network
 from diffrep.methods.base import Method, MethodConfig
 from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig, TransformerConfig
 from diffrep.randomness import Rows
@@ -74,3 +89,53 @@ class TokenPredictorMethod(Method):
         write_network(run_dir, "token_predictor", self.network, run_dir.name, self.licence)
         write_network(run_dir, "tokenizer", self.tokenizer.module, self.tokenizer.name, self.tokenizer.licence)
         return {}
+
+
+# Generation
+
+
+def mage_counts(config: AlternationConfig, masked: int) -> list[int]:
+    """Masked tokens after each step (`gen_img_uncond.py`): max(1, min(one less than before, floor(masked gamma(r)))).
+
+    Every step reveals a token, where ADDP's count rounds up and may stay. After the last step none is masked any more.
+
+    Raises:
+        UserError: more steps than tokens.
+    """
+    masked_after(config, masked)  # refuses as ADDP's does
+    counts, before = [], masked
+    for step in range(config.steps):
+        r = (step + 1) / config.steps
+        share = math.cos(math.pi * r / 2) if config.schedule == "cosine" else 1 - r
+        before = max(1, min(before - 1, math.floor(masked * share)))
+        counts.append(before)
+    return [*counts[:-1], 0]
+
+
+@torch.no_grad()
+def mage(
+    predictor: FrozenPredictor,
+    tokenizer: Tokenizer,
+    config: AlternationConfig,
+    draws: Draws,
+    ids: Tensor,
+    mask: Tensor,
+    grid: tuple[int, int],
+    watch: Callable[[int, Tensor, Tensor], None] = lambda step, ids, mask: None,
+) -> Tensor:
+    """From masked ids to an image: tokens alone all the way, pixels once at the end, of hard ids.
+
+    Args:
+        ids: (B, L); those of masked positions are not read. mask: (B, L), of every image the same number masked.
+        watch: shown step, proposed ids (B, L) and the mask after the step.
+
+    Returns:
+        (B, 3, H, W), not held in [0, 1].
+    """
+    for step, count in enumerate(mage_counts(config, int(mask[0].sum()))):
+        probabilities = predictor.probabilities(ids, mask)
+        ids = torch.where(mask, draws.ids(step, within_top_p(probabilities, config.top_p)), ids)
+        noise = choice_temperature(config, step) * draws.gumbel(step).to(ids.device)
+        mask = lowest(confidence(probabilities, ids, mask, noise), count)
+        watch(step, ids, mask)
+    return tokenizer.decode(tokenizer.lookup(ids), grid)
