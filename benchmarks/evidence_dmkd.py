@@ -171,8 +171,8 @@ def _teachers(arms: Arms) -> list[str]:
         ("ddim_20_pupil", "by_fair_pupil", "students: of the strong teacher against the fair one's"),
     ]
     return [
-        f"**Teachers of different strength** on the same set ({EQUAL:,} images, DDIM, 20 steps); the paper reports that "
-        "weaker classifiers teach better from drawn images:",
+        f"**Teachers of different strength** on the same set ({EQUAL:,} images, DDIM, 20 steps); the paper reports "
+        "that weaker classifiers teach better from drawn images:",
         "",
         *rows,
         "",
