@@ -36,7 +36,7 @@ TABLE = {
     "methods": {"methods.base", "frozen", "models", "diffusion", "data.batch", "data.shards"},
     "training": {"training", "methods.base", "data"},
     "evaluation": {"data", "models", "frozen"},
-    "recipes": {"methods", "data", "training", "evaluation", "frozen", "models"},
+    "recipes": {"methods", "data", "training", "evaluation", "frozen", "models", "diffusion.masking"},
     "report": set(),
 }
 OWN_ROOM = {"diffusion", "models", "data", "frozen", "evaluation", "recipes", "report", "training", "launch"}

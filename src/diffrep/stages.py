@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,15 +18,27 @@ from diffrep.data.datasets import DataConfig, Split, load_data
 from diffrep.data.feed import Feed
 from diffrep.data.shards import check_shards, read_manifest
 from diffrep.errors import UserError
+from diffrep.evaluation.generation import score_images
 from diffrep.evaluation.sweep import sweep
 from diffrep.files import locked, read_json, write_json
 from diffrep.frozen.answers import store_settings, write_answers
 from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import write_features
+from diffrep.launch import generate, generation_cost
 from diffrep.launch.jobs import Engine, ShardJob, close, here
 from diffrep.methods.synthesis import estimate, finish, write_stand_in
-from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, SweepTask, SynthesisTask, Task, recipe_hash, to_yaml
+from diffrep.recipes.base import (
+    AnswerTask,
+    FeatureTask,
+    GenerationTask,
+    Recipe,
+    SweepTask,
+    SynthesisTask,
+    Task,
+    recipe_hash,
+    to_yaml,
+)
 from diffrep.training.run import RunDir
 
 SWEEP, COST = "sweep.json", "cost.json"
@@ -262,9 +275,45 @@ def _about(teacher: DiffusionTeacher, taps: Sequence[str], passes: int) -> dict[
     return {"teacher": teacher.name, "licence": teacher.licence, "images_seen": passes, "multiply_adds": passes * each}
 
 
+def _generation(task: GenerationTask, allow_code: bool) -> Work:
+    job = generate_job(task, Path())
+    opened, cost = job.open(), generation_cost.counted(job.open())
+
+    def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
+        try:
+            found = generate.make_images(generate_job(task, run_dir), here, stop, progress)
+        finally:
+            generate.close()
+        result = {"licence": opened.network.licence, "images_seen": cost["network_calls"], **cost}
+        return result | {"images": found["images"]} | _generation_scores(task, run_dir, allow_code)
+
+    return work
+
+
+def generate_job(task: GenerationTask, run_dir: Path) -> generate.GenerateJob:
+    """Its images as a value that workers understand; a run's images do not overlap with those of another seed."""
+    config = task.model_dump(include={"by", "alternation", "rounding", "block_size"}, exclude_unset=True)
+    seeds = range(task.seed * task.images, (task.seed + 1) * task.images)
+    return generate.GenerateJob(task.model, json.dumps(config), seeds, str(run_dir))
+
+
+def _generation_scores(task: GenerationTask, run_dir: Path, allow_code: bool) -> dict[str, Any]:
+    if task.reference is None:
+        return {}
+    images = f"folder:{run_dir / generate.IMAGES}"
+    found = score_images(images, task.reference, task.score, assemble.default_device(), allow_code=allow_code)
+    return {"scores": {score_key(score.name): score.value for score in found.scores}, "protocol": found.to_json()}
+
+
+def score_key(name: str) -> str:
+    """The short name under which a result keeps a score; ``protocol`` beside it says of what."""
+    return {"Frechet": "frechet", "Kernel": "kernel"}.get(name.split()[0], name.lower().replace(" ", "_"))
+
+
 PREPARED: dict[str, Callable[..., Work]] = {
     "features": _features,
     "probe": _sweep,
     "answers": _answers,
     "synthesis": _synthesis,
+    "generation": _generation,
 }

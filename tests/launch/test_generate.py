@@ -61,7 +61,7 @@ def photo(tmp_path):
 
 
 def images(folder):
-    return {p.name: p.read_bytes() for p in folder.glob("seed-*.png")}
+    return {p.name: p.read_bytes() for p in (folder / "images").glob("seed-*.png")}
 
 
 def pixels(path):
@@ -82,7 +82,7 @@ def test_a_file_is_what_its_seed_says(model, seven):
     ids, mask = torch.zeros(1, 16, dtype=torch.int64), torch.ones(1, 16, dtype=torch.bool)
     config = AlternationConfig(steps=16)
     drawn = alternate(generation.network.module, generation.tokenizer, config, ImageDraws([5], 16), ids, mask)
-    assert np.array_equal(pixels(seven / "seed-000005.png"), as_uint8(drawn)[0].movedim(0, 2).numpy())
+    assert np.array_equal(pixels(seven / "images" / "seed-000005.png"), as_uint8(drawn)[0].movedim(0, 2).numpy())
     assert len(set(images(seven).values())) == 7
 
 
@@ -92,10 +92,10 @@ def test_any_number_in_any_order_gives_the_same_bytes(model, seven, tmp_path):
     api.generate(model, tmp_path / "other", seeds=[6, 2, 0])
     assert images(tmp_path / "one") == {"seed-000003.png": whole["seed-000003.png"]}
     assert images(tmp_path / "other").items() <= whole.items()
-    kept = (tmp_path / "one" / "seed-000003.png").stat().st_mtime_ns
+    kept = (tmp_path / "one" / "images" / "seed-000003.png").stat().st_mtime_ns
     found = api.generate(model, tmp_path / "one", seeds=range(7))
     assert images(tmp_path / "one") == whole and found["made"] == 6
-    assert (tmp_path / "one" / "seed-000003.png").stat().st_mtime_ns == kept
+    assert (tmp_path / "one" / "images" / "seed-000003.png").stat().st_mtime_ns == kept
     assert api.generate(model, tmp_path / "one", seeds=range(7))["made"] == 0
 
 
@@ -131,7 +131,7 @@ def test_a_killed_command_goes_on(model, seven, tmp_path):
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
     assert len(images(out)) < 200 and not (out / "generated.json").exists()
-    torn = out / "seed-000001.png"
+    torn = out / "images" / "seed-000001.png"
     torn.write_bytes(torn.read_bytes()[:50])  # as a failing disk leaves it
     done = commands.run(tmp_path, "generate", model, "--out", "out", "--images", 7)
     assert done.code == 0 and "of them there already" in done.out, done.err
@@ -170,7 +170,7 @@ def test_what_the_folder_says(model, seven):
     strip = film.stored(seven / "steps" / "seed-000000.png")
     walk = film.frames(strip)
     assert len(walk) == 16 - found["first_step"] and len(list((seven / "steps").iterdir())) == 4
-    assert np.array_equal(walk[-1][:, :8].movedim(0, 2).numpy(), pixels(seven / "seed-000000.png"))
+    assert np.array_equal(walk[-1][:, :8].movedim(0, 2).numpy(), pixels(seven / "images" / "seed-000000.png"))
     blue = (walk[-1][:, 8:] == torch.tensor(film.MASKED, dtype=torch.uint8).view(3, 1, 1)).all(0)
     assert blue.sum() == 4  # one token of 2x2 pixels stays soft
     assert film.spread(5, 20) == [0, 1, 2, 3, 4] and film.spread(256, 4) == [0, 85, 170, 255]

@@ -36,7 +36,8 @@ SETTINGS = {
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "steps").mkdir()
-    for name in ("grid.png", "film.png", "before.png", "seed-000003.png", "seed-000009.png"):
+    (tmp_path / "images").mkdir()
+    for name in ("grid.png", "film.png", "before.png", "images/seed-000003.png", "images/seed-000009.png"):
         Image.new("RGB", (16, 8), "red").save(tmp_path / name)
     for seed in (3, 9):
         Image.new("RGB", (8, 8), "blue").save(tmp_path / "steps" / f"seed-{seed:06d}-masked.png")

@@ -4,7 +4,7 @@ A piece of the job is a block of seeds. A block is computed at one size, the las
 round otherwise; on a CPU a block is one image. The folder:
 
 settings.json            all that decides about pixels, and no path; written first, other settings are refused
-seed-000007.png          one per seed
+images/seed-000007.png   one per seed, and nothing else but manifest.json, which says how they were made
 steps/                   the walks of the first few seeds (see :mod:`diffrep.launch.film`)
 grid.png, film.png, film.gif, before.png (of a repair)
 generated.json           what the folder holds, for the page and for programs; written last
@@ -40,7 +40,7 @@ from diffrep.launch.repair import Repair, RepairConfig
 from diffrep.methods.addp import Moment, alternate, as_uint8, first_step
 from diffrep.methods.token_predictor import mage, mage_counts
 
-SETTINGS, FOUND, STEPS = "settings.json", "generated.json", "steps"
+SETTINGS, FOUND, IMAGES, STEPS = "settings.json", "generated.json", "images", "steps"
 RELEASED = {"cosine": 20, "linear": 256}  # steps, where nobody says; fewer where there are fewer tokens
 FILMED, SHOWN, COLUMNS = 4, 64, 8  # images whose walk is kept; images of the grid, and how many side by side
 END = b"\0\0\0\0IEND\xaeB`\x82"  # of every whole PNG file
@@ -63,7 +63,7 @@ class GenerationConfig(Config):
 
 
 def seed_file(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed:06d}.png"
+    return folder / IMAGES / f"seed-{seed:06d}.png"
 
 
 def strip_file(folder: Path, seed: int) -> Path:
@@ -167,13 +167,14 @@ class Generation:
     def begin(self, folder: Path) -> list[int]:
         """Say what the folder will hold; the blocks that have to be made."""
         write_json(folder / SETTINGS, self.settings())
+        write_json(folder / IMAGES / "manifest.json", {"name": self.network.name, "settings": self.settings()})
         blocks = range(-(-len(self.seeds) // self.size))
         return [number for number in blocks if not self.is_made(folder, number)]
 
     def check(self, folder: Path) -> None:
         """Raises UserError: the folder holds images of other settings, or of nobody knows which."""
         if not (folder / SETTINGS).exists():
-            if any(folder.glob("seed-*.png")):
+            if any((folder / IMAGES).glob("seed-*.png")):
                 raise UserError(f"{folder} holds images, and nothing says how they were made; choose another --out")
             return
         known, ours = read_json(folder / SETTINGS), self.settings()

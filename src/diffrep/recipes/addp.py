@@ -8,14 +8,20 @@ to be expected of 8-pixel digits.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from diffrep.data.datasets import DataConfig
+from diffrep.diffusion.masking import AlternationConfig
 from diffrep.evaluation.classify import EvaluateConfig
+from diffrep.evaluation.generation import ScoreConfig
+from diffrep.frozen.classifier import ClassifierConfig
 from diffrep.methods.addp import ADDPConfig
 from diffrep.methods.token_predictor import TokenPredictorMethodConfig
 from diffrep.methods.tokenizer import TokenizerConfig
 from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.vqgan import VQGANConfig
-from diffrep.recipes.base import Recipe, Study
+from diffrep.recipes import dmkd
+from diffrep.recipes.base import GenerationTask, Recipe, Study
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
@@ -85,14 +91,39 @@ def _joined(tokenizer: Recipe, predictor: Recipe, network: Recipe) -> dict[str, 
     }
 
 
+WALK = AlternationConfig(steps=8, choice_temperature=4.0)
+ONE_STEP = AlternationConfig(steps=1)  # every token drawn at once, from what is known of its place alone
+
+
+def _made(name: str, model: str, alternation: AlternationConfig, by: Literal["addp", "predictor"]) -> GenerationTask:
+    """Images by the thousand against real digits, in the features of a classifier: no FID, which 8 pixels have not."""
+    features = ClassifierConfig(reference="stage:classifier")
+    return GenerationTask(
+        name=name, model=model, by=by, alternation=alternation, block_size=100, images=1000, reference="digits",
+        score=ScoreConfig(features=features),
+    )  # fmt: skip
+
+
 def addp_digits() -> Study:
-    """All three, then what the encoder is worth to a linear probe: no gain over raw pixels is to be expected."""
+    """The three networks; images of ADDP and of its rivals, judged in one feature space; a probe of the encoder."""
+    stages = _joined(tokenizer_digits(), token_predictor_digits(), addp_digits_network())
     return Study(
         name="addp_digits",
-        about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits.",
-        stages=_joined(tokenizer_digits(), token_predictor_digits(), addp_digits_network()),
-        arms={"addp": "ADDP: pretrained encoder"},
-        headline="linear_probe_50",
+        about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits, and the images they make.",
+        stages={
+            **stages,
+            "classifier": dmkd.classifier(),
+            "alternation": _made("digits_by_addp", "stage:addp", WALK, "addp"),
+            "predictor_alone": _made("digits_by_mage", "stage:token_predictor", WALK, "predictor"),
+            "one_step": _made("digits_at_once", "stage:addp", ONE_STEP, "addp"),
+        },
+        arms={
+            "alternation": "ADDP: tokens and pixels in turn",
+            "predictor_alone": "MAGE: token predictor alone",
+            "one_step": "ADDP: all tokens at once",
+        },
+        headline="frechet",
+        next_commands=("diffrep generate runs/addp_digits/addp-s0 --images 16 --out runs/digits",),
     )
 
 

@@ -13,8 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from diffrep.config import Config
 from diffrep.data.datasets import DataConfig
+from diffrep.diffusion.masking import AlternationConfig
 from diffrep.errors import nearest
 from diffrep.evaluation.classify import EvaluateConfig
+from diffrep.evaluation.generation import ScoreConfig
 from diffrep.evaluation.sweep import SweepConfig
 from diffrep.files import short_hash
 from diffrep.frozen.answers import AnswerConfig
@@ -170,7 +172,23 @@ class AnswerTask(Task):
     answers: AnswerConfig = AnswerConfig()
 
 
-Stage = Annotated[Recipe | FeatureTask | SweepTask | SynthesisTask | AnswerTask, Field(discriminator="kind")]
+class GenerationTask(Task):
+    """Make images with a token model, one per seed, and score them (`diffrep generate`, `diffrep score`)."""
+
+    kind: Literal["generation"] = "generation"
+    model: str  # folder with addp/ or token_predictor/, and tokenizer/
+    by: Literal["addp", "predictor"] = "addp"  # predictor: MAGE's generation, tokens alone
+    alternation: AlternationConfig = AlternationConfig()
+    rounding: Literal["truncate", "nearest"] = "truncate"
+    block_size: int | None = Field(None, ge=1)  # images computed together; None: 1 on a CPU
+    images: int = Field(50_000, ge=1)
+    reference: str | None = None  # data reference that they are scored against
+    score: ScoreConfig = ScoreConfig()
+
+
+Stage = Annotated[
+    Recipe | FeatureTask | SweepTask | SynthesisTask | AnswerTask | GenerationTask, Field(discriminator="kind")
+]
 
 
 class Study(Listed):

@@ -102,7 +102,7 @@ def _is_coarse(found: Found) -> bool:
 
 def _grid(folder: Path, found: Found) -> list[Block]:
     shown = found["seeds"][:64]
-    caption = f"{_seeds(shown).capitalize()}, row by row. Not selected. The files are seed-*.png, lossless."
+    caption = f"{_seeds(shown).capitalize()}, row by row. Not selected. The files are images/seed-*.png, lossless."
     return [Picture(f"{_count(len(shown))}, {_seeds(shown)}.", caption, _drawn(folder / "grid.png", found))]
 
 
@@ -113,7 +113,7 @@ def _repairs(folder: Path, found: Found) -> list[Block]:
     cells: list[tuple[str, Sequence[str]]] = []
     for seed in found["filmed"][:REPAIRS]:
         start, _ = _address(folder / "steps" / f"seed-{seed:06d}-masked.png")
-        after, _ = _address(folder / f"seed-{seed:06d}.png")
+        after, _ = _address(folder / "images" / f"seed-{seed:06d}.png")
         cells += [(before, ["before"]), (start, [f"{painted} of {tokens} tokens anew"]), (after, [f"seed {seed}"])]
     around = "The image's own pixels were put back around it." if found["repair"]["paste"] else AROUND
     alt = (

@@ -29,7 +29,7 @@ KINDS = {
     "synthesis": "drawn images",
     "answers": "stored answers of a classifier",
 }
-NO_TRAINING = ("probe", "features", "synthesis", "answers")  # kinds of stages in which nothing learns
+NO_TRAINING = ("probe", "features", "synthesis", "answers", "generation")  # kinds of stages in which nothing learns
 CURVE_WORDS = {
     ("repfusion", "kd_loss"): "How far the students' features are from those they imitate (kd_loss). Curves of "
     "different timesteps have different targets, so a lower one is not a better student.",
