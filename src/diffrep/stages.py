@@ -281,7 +281,7 @@ def _generation(task: GenerationTask, allow_code: bool) -> Work:
 
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
         try:
-            found = generate.make_images(generate_job(task, run_dir), here, stop, progress)
+            found = generate.fill(generate_job(task, run_dir), here, stop, progress)
         finally:
             generate.close()
         result = {"licence": opened.network.licence, "images_seen": cost["network_calls"], **cost}

@@ -71,7 +71,7 @@ def pixels(path):
 def repaired(model, out, photo, seeds=(0,), **how):
     """The pixels of each seed."""
     api.generate(model, out, {"repair": {"image": str(photo), **how}}, seeds=seeds)
-    return [pixels(out / f"seed-{seed:06d}.png") for seed in seeds]
+    return [pixels(out / "images" / f"seed-{seed:06d}.png") for seed in seeds]
 
 
 # One image per seed

@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from diffrep.assemble import METHODS
 from diffrep.data.batch import Batch
 from diffrep.data.transforms import augmentation
+from diffrep.diffusion.masking import masked_after
 from diffrep.errors import UserError
 from diffrep.frozen.answers import store_settings
 from diffrep.frozen.classifier import ClassifierConfig, load_classifier
 from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.generator import DiffusionGenerator
 from diffrep.methods.synthesis import Synthesis
+from diffrep.methods.token_predictor import mage_counts
 from diffrep.randomness import Rows
 from diffrep.recipes import RECIPES, dmkd_cifar10, dmkd_rows, quickstart
 from diffrep.recipes.base import Recipe, Study, recipe_hash, references, replace_strings, to_yaml
@@ -149,7 +151,16 @@ def is_answered(task, pipeline):
     assert judge.logits(torch.rand(4, 3, 8, 8)).shape == (4, 10)
 
 
+def makes_images(task, pipeline):
+    """As many steps as asked for fit the 16 tokens of digits; released models have 256."""
+    tokens = 256 if task.alternation.steps > 16 or "steps" not in task.alternation.model_fields_set else 16
+    counts = (masked_after if task.by == "addp" else mage_counts)(task.alternation, tokens)
+    assert len(counts) == task.alternation.steps and counts == sorted(counts, reverse=True)
+    assert task.score.features is None or task.reference
+
+
 TRIALS = {"recipe": learns, "features": has_taps, "probe": has_taps, "synthesis": draws, "answers": is_answered}
+TRIALS["generation"] = makes_images
 
 
 @EVERY

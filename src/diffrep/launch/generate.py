@@ -296,22 +296,27 @@ def close() -> None:
 
 def make_images(job: GenerateJob, engine: Engine, stop: Stop, progress: Report) -> dict[str, Any]:
     """Make what is missing with any engine, then the pictures of all; returns what ``generated.json`` says."""
-    opened, folder = job.open(), Path(job.folder)
-    opened.check(folder)
-    with locked(folder):
-        missing = opened.begin(folder)
-        to_make = sum(len(opened.rows(number)) for number in missing)
-        total = done = len(job.seeds)
-        done -= to_make
+    job.open().check(Path(job.folder))
+    with locked(Path(job.folder)):
+        return fill(job, engine, stop, progress)
 
-        def report(images: int) -> None:
-            nonlocal done
-            done += images
-            progress(done, total)
 
-        report(0)
-        engine(job, missing, report, stop)
-        return _finish(job, opened, to_make)
+def fill(job: GenerateJob, engine: Engine, stop: Stop, progress: Report) -> dict[str, Any]:
+    """The same in a folder that is this process's own already."""
+    opened = job.open()
+    missing = opened.begin(Path(job.folder))
+    to_make = sum(len(opened.rows(number)) for number in missing)
+    total = done = len(job.seeds)
+    done -= to_make
+
+    def report(images: int) -> None:
+        nonlocal done
+        done += images
+        progress(done, total)
+
+    report(0)
+    engine(job, missing, report, stop)
+    return _finish(job, opened, to_make)
 
 
 def _finish(job: GenerateJob, opened: Generation, made: int) -> dict[str, Any]:
