@@ -277,15 +277,16 @@ def _about(teacher: DiffusionTeacher, taps: Sequence[str], passes: int) -> dict[
 
 def _generation(task: GenerationTask, allow_code: bool) -> Work:
     job = generate_job(task, Path())
-    opened, cost = job.open(), generation_cost.counted(job.open())
+    opened, parts = job.open(), generation_cost.counted(job.open()).values()
+    calls, added = (task.images * sum(each) for each in zip(*parts, strict=True))
 
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
         try:
             found = generate.fill(generate_job(task, run_dir), here, stop, progress)
         finally:
             generate.close()
-        result = {"licence": opened.network.licence, "images_seen": cost["network_calls"], **cost}
-        return result | {"images": found["images"]} | _generation_scores(task, run_dir, allow_code)
+        result = {"images": found["images"], "licence": opened.network.licence, "images_seen": calls}
+        return result | {"multiply_adds": added} | _generation_scores(task, run_dir, allow_code)
 
     return work
 
@@ -307,7 +308,7 @@ def _generation_scores(task: GenerationTask, run_dir: Path, allow_code: bool) ->
 
 def score_key(name: str) -> str:
     """The short name under which a result keeps a score; ``protocol`` beside it says of what."""
-    return {"Frechet": "frechet", "Kernel": "kernel"}.get(name.split()[0], name.lower().replace(" ", "_"))
+    return {"Frechet": "frechet", "kernel": "kernel"}.get(name.split()[0], name.lower().replace(" ", "_"))
 
 
 PREPARED: dict[str, Callable[..., Work]] = {

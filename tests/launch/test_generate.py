@@ -102,7 +102,7 @@ def test_any_number_in_any_order_gives_the_same_bytes(model, seven, tmp_path):
 def test_a_block_changes_rounding_only(model, seven, tmp_path):
     api.generate(model, tmp_path / "block", {"block_size": 3}, seeds=range(4))
     for name in images(tmp_path / "block"):
-        assert np.abs(pixels(tmp_path / "block" / name) - pixels(seven / name)).max() <= 1
+        assert np.abs(pixels(tmp_path / "block" / "images" / name) - pixels(seven / "images" / name)).max() <= 1
     with pytest.raises(UserError, match="images of another block_size than 1"):
         api.generate(model, tmp_path / "block", seeds=range(4))
 
