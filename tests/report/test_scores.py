@@ -3,9 +3,21 @@
 import pytest
 
 from diffrep.evaluation.classify import classifier_scores
+from diffrep.evaluation.protocols import OF_INCEPTION
 from diffrep.report.numbers import Paired, paired
 from diffrep.report.page import Table
-from diffrep.report.scores import MEANING, WORDS, axis_words, best, meanings, score_words, short_words
+from diffrep.report.scores import (
+    MEANING,
+    WORDS,
+    average_of,
+    axis_words,
+    best,
+    meanings,
+    score_words,
+    short_words,
+    unit_words,
+    valued,
+)
 from diffrep.report.values import Entry
 
 
@@ -46,3 +58,27 @@ def test_a_table_takes_the_room_that_its_cells_need():
     assert Table("", ["", *["head"] * 4], [["group"], ["x", *["98.1 ± 0.3 (5)"] * 4]]).is_wide  # 22 + 4 x 17 = 90
     assert not Table("", ["", *["a long head"] * 4], [["x", *["1.0"] * 4]]).is_wide
     assert not Table("", ["", *["head"] * 8], [["x", *["1.0"] * 8]], prose=True).is_wide
+
+
+def test_a_distance_has_no_unit_and_a_percentage_has():
+    assert valued("frechet", [8.94]) == "8.9" and valued("kernel", [0.13801]) == "0.1380"
+    assert valued("top1", [98.0, 97.0]) == "97.5 ± 0.7\u00a0%" and average_of("top1", [98.0, 97.0]) == "97.5\u00a0%"
+    assert valued("top1", []) == average_of("frechet", []) == "not known yet"
+    assert axis_words("frechet") == "Frechet distance, lower is better" and "higher is better" in axis_words("is")
+    assert unit_words(["top1"]) == " in percent" and unit_words(["frechet", "kernel"]) == ", lower is better"
+    assert unit_words(["top1", "frechet"]) == " in percent, but Frechet distance"
+
+
+def test_the_least_distance_is_the_best():
+    arms = [Entry(str(v), str(v), {}, scores={0: {"frechet": v}}) for v in (2.0, 1.0, 3.0)]
+    assert best(arms, "frechet").name == "1.0"
+
+
+@pytest.mark.parametrize("name", OF_INCEPTION)
+def test_names_of_inceptions_scores_say_whose_they_are(name):
+    assert "Inception" in score_words(name.lower())
+
+
+def test_a_difference_is_printed_as_finely_as_its_score():
+    found = paired({0: 0.125}, {0: 0.1125}, 0, True, 4)
+    assert found is not None and found.shown() == "+0.0125"

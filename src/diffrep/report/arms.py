@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from diffrep.report import pictures
-from diffrep.report.numbers import binomial_se, listed, shown
+from diffrep.report import made, pictures
+from diffrep.report.numbers import binomial_se, listed
 from diffrep.report.page import Block, Notes, Picture, Text
-from diffrep.report.scores import LOW, MEANING, axis_words, score_words
+from diffrep.report.scores import MEANING, axis_words, measure, printed, score_words, unit_words
 from diffrep.report.values import Entry, Study, role
 
 PROBE = (
@@ -27,6 +27,12 @@ IDEAS = {
         "sees only drawn images and learns to answer as the teacher does (knowledge distillation, KD). What other "
         "images teach it stands beside. "
     ),
+    "generation": (
+        "The idea: a tokenizer cuts an image into a few tokens, each one of a fixed list of codes, and turns tokens "
+        "back into an image. ADDP goes to and fro between the two: it looks at the pixels so far, guesses every open "
+        "token, keeps the guesses it is surest of, turns all of it into pixels again, and looks once more. A token "
+        "predictor (MAGE) does the same on tokens alone and sees pixels only at the end. "
+    ),
 }
 ROLES = {
     "untrained": "as it was initialised; nothing was learned",
@@ -44,8 +50,15 @@ ROLES = {
     "drawn_labels": "no teacher; learns from the drawn images and what the generator was asked to draw, their labels",
     "scratch": "no teacher; learns from the labelled images alone",
     "tuned": "imitates first, then learns from the labelled images",
+    "alternation": "step by step; after each step the tokens are decoded, and the network looks at those pixels",
+    "predictor": "step by step on tokens alone; the network sees no pixels on the way",
+    "at_once": "one step: every token is drawn for itself, so none can depend on another",
 }
-HEROES = {"policy": "the learned policy", "drawn": "drawn images"}  # roles that a study is about: diamonds
+HEROES = {
+    "policy": "the learned policy",
+    "drawn": "drawn images",
+    "alternation": "tokens and pixels in turn",
+}  # roles that a study is about: diamonds
 NAMED = 4  # arms of one role that are named; of more only these
 
 
@@ -57,14 +70,17 @@ def is_hero(arm: Entry, study: Study) -> bool:
 def arm_rows(study: Study) -> list[pictures.Dots]:
     """The rows of the arms chart."""
     name = study.metric() or ""
-    return [pictures.Dots(a.student, a.short, list(a.score(name).values()), is_hero(a, study)) for a in study.arms]
+    digits = measure(name).digits
+    return [
+        pictures.Dots(a.student, a.short, list(a.score(name).values()), is_hero(a, study), digits) for a in study.arms
+    ]
 
 
 def arms_alt(study: Study) -> str:
     """The arms chart in words."""
     name = study.metric() or ""
-    scores = "; ".join(f"{arm.label} {shown(list(arm.score(name).values()))}" for arm in study.arms)
-    return f"Score of each arm in percent ({score_words(name)}). {scores}."
+    scores = "; ".join(f"{arm.label} {printed(name, list(arm.score(name).values()))}" for arm in study.arms)
+    return f"Score of each arm{unit_words([name])} ({score_words(name)}). {scores}."
 
 
 def arms_blocks(study: Study, chart: str) -> list[Block]:
@@ -74,18 +90,21 @@ def arms_blocks(study: Study, chart: str) -> list[Block]:
         return []
     idea = "".join(text for kind, text in IDEAS.items() if any(arm.kind == kind for arm in study.arms))
     picture = Picture(arms_alt(study), _caption(study), pictures.arms_chart(arm_rows(study), axis_words(name), chart))
-    said = f"{idea}{_score_explained(name)}Each row of the chart is one way of training, an arm."
-    return [Text(said), picture, *_rows_explained(study)]
+    way = "making images" if all(arm.kind == "generation" for arm in study.arms) else "training"
+    said = f"{_score_explained(name)}Each row of the chart is one way of {way}, an arm."
+    texts = [Text(idea.strip()), Text(said)] if idea and not measure(name).is_percent else [Text(f"{idea}{said}")]
+    return [*texts, picture, *made.warnings(study.arms), *_rows_explained(study)]
 
 
 def _score_explained(name: str) -> str:
     if name.startswith("linear_probe"):
         return PROBE
-    return (
-        TOP1
-        if name == "top1"
-        else f"The score is {score_words(name)}, in percent. {MEANING.get(name, '')} ".rstrip() + " "
-    )
+    if name == "top1":
+        return TOP1
+    if not measure(name).is_percent:
+        told = MEANING.get(name, "").partition(":")[2]
+        return f"The score is the {score_words(name)}{f':{told}' if told else '.'} "
+    return f"The score is {score_words(name)}, in percent. {MEANING.get(name, '')} ".rstrip() + " "
 
 
 def _rows_explained(study: Study) -> list[Block]:
@@ -114,13 +133,14 @@ def _caption(study: Study) -> str:
         if noise
         else ""
     )
-    return f"{several}{diamonds}The axis does not begin at zero. {close}".strip()
+    judged = made.judged_in(study.arms, study.entries)
+    return f"{several}{diamonds}The axis does not begin at zero. {judged}{close}".strip()
 
 
 def middle_noise(study: Study) -> tuple[float, float] | None:
     """The middle one of the arms' scores, and its standard error from the number of test images alone."""
     name = study.metric() or ""
     means = [arm.mean(name) for arm in study.arms if arm.score(name)]
-    if not means or name in LOW or not study.test_images():
+    if not means or not measure(name).is_share or not study.test_images():
         return None
     return median(means), binomial_se(median(means), study.test_images())

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from diffrep.report import pictures, sections, sets, teachers
-from diffrep.report.numbers import binomial_se, listed, shown
+from diffrep.report import made, networks, pictures, sections, sets, teachers
+from diffrep.report.numbers import binomial_se, listed
 from diffrep.report.page import Block, Page, Picture, Section, Table, Text
-from diffrep.report.scores import LOW, axis_words, labels_in, meanings, score_words
+from diffrep.report.scores import axis_words, labels_in, meanings, measure, printed, score_words, unit_words
 from diffrep.report.sections import labels_text
 from diffrep.report.values import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
 
@@ -24,11 +24,13 @@ def compare_page(found: Sequence[Run | Study]) -> Page:
         _scores(entries),
         _budget(entries),
         _published(entries),
+        networks.networks(entries),
         sections.curves(entries),
         *(teachers.sweep(e) for e in entries if e.kind == "probe"),
         teachers.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
         teachers.samples(entries),
         sets.drawn_sets(entries),
+        made.made_images(entries),
         Section("What was set differently" if len(entries) > 1 else "Settings", _settings(entries)),
         sections.licences(entries),
         Section("Machine", sections.environments([(e.label, r.environment) for e in entries for r in e.runs])),
@@ -78,18 +80,21 @@ def _overview(entries: Sequence[Entry]) -> list[Block]:
     name = next((n for n in _names(entries) if any(e.score(n) for e in entries)), None)
     if name is None:
         return blocks
-    rows = [pictures.Dots(e.student, e.short, list(e.score(name).values())) for e in entries if e.score(name)]
-    alt = "; ".join(f"{e.label} {shown(list(e.score(name).values()))}" for e in entries if e.score(name))
+    digits = measure(name).digits
+    rows = [
+        pictures.Dots(e.student, e.short, list(e.score(name).values()), digits=digits) for e in entries if e.score(name)
+    ]
+    alt = "; ".join(f"{e.label} {printed(name, list(e.score(name).values()))}" for e in entries if e.score(name))
     marks = "large dots are means, small dots seeds, bars one standard deviation"
     caption = f"{score_words(name).capitalize()}: {marks}. The axis does not begin at zero. {_noise(entries, name)}"
     chart = pictures.arms_chart(rows, axis_words(name))
-    return [*blocks, Picture(f"Score in percent ({score_words(name)}). {alt}.", caption, chart)]
+    return [*blocks, Picture(f"Score{unit_words([name])} ({score_words(name)}). {alt}.", caption, chart)]
 
 
 def _noise(entries: Sequence[Entry], name: str) -> str:
     """How sure one score is, given the test set."""
     images = [s["test_images"] for e in entries for s in e.scores.values() if s.get("test_images")]
-    if not images or name in LOW:
+    if not images or not measure(name).is_share:
         return ""
     error = binomial_se(fmean(v for e in entries for v in e.score(name).values()), min(images))
     return (
@@ -107,10 +112,10 @@ def _scores(entries: Sequence[Entry]) -> Section:
     names = _names(entries)
     head = ["", "kind", "seeds", "state", *map(score_words, names), "labels seen in training"]
     rows = [
-        [e.label, e.kind, _seeds(e), e.state(), *(shown(list(e.score(n).values())) for n in names), _labels(e)]
+        [e.label, e.kind, _seeds(e), e.state(), *(printed(n, list(e.score(n).values())) for n in names), _labels(e)]
         for e in entries
     ]
-    caption = "Scores in percent; over several seeds: mean ± standard deviation (number of seeds)"
+    caption = f"Scores{unit_words(names)}; over several seeds: mean ± standard deviation (number of seeds)"
     notes: list[Block] = [Text(meanings(names), "note")] if names else []
     if any(labels_in(n) for n in names):
         notes.append(Text("A score with a number of labels was fitted with that many labelled images.", "note"))

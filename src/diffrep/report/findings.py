@@ -8,15 +8,25 @@ from dataclasses import dataclass
 
 from diffrep.report.numbers import MINUS, Paired, paired, sentence
 from diffrep.report.page import Folded, Notes, Section, Table, Text
-from diffrep.report.scores import LOW, score_words, short_words
+from diffrep.report.scores import measure, score_words, short_words
 from diffrep.report.sweeps import settings_in
 from diffrep.report.values import Entry, Study, role
 
 RIVALS = {  # whom the arms of a role are held against
     "policy": ("uniform", "uniform_each", "fixed", "random", "untrained"),
+    "alternation": ("at_once", "predictor"),
     "drawn": ("real", "scratch", "drawn_labels", "photographs", "one_image", "noise", "random", "untrained"),
 }
-ASKED = ("uniform", "uniform_each", "fixed", "scratch", "real", "drawn_labels")  # rivals worth a sentence
+ASKED = (
+    "uniform",
+    "uniform_each",
+    "fixed",
+    "scratch",
+    "real",
+    "drawn_labels",
+    "at_once",
+    "predictor",
+)  # rivals worth a sentence
 ALL = "All comparisons, one by one"
 
 
@@ -54,8 +64,14 @@ def _pairs(study: Study, student: str) -> list[Pair]:
     return [
         Pair(student, ours, rival, score, found)
         for ours, rival, score in wanted
-        if (found := paired(ours.score(score), rival.score(score), 0 if score in LOW else images, score in LOW))
+        if (found := _difference(ours, rival, score, images))
     ]
+
+
+def _difference(ours: Entry, rival: Entry, score: str, images: int) -> Paired | None:
+    kind = measure(score)
+    known = images if kind.is_share else 0
+    return paired(ours.score(score), rival.score(score), known, kind.is_low_better, kind.digits)
 
 
 def findings(study: Study) -> Section | None:
@@ -63,20 +79,37 @@ def findings(study: Study) -> Section | None:
     found = pairs(study)
     if not found:
         return None
+    units = _units(found)
     seeds = min(len(pair.found.differences) for pair in found)
     opening = (
-        "One seed hints; it does not decide. Differences in points of the score:"
+        f"One seed hints; it does not decide. Differences{units} of the score:"
         if seeds == 1
-        else "Mean difference in points over the seeds, ± its standard deviation (number of seeds):"
+        else f"Mean difference{units} over the seeds, ± its standard deviation (number of seeds):"
     )
     note = (
         f"{len(found)} comparisons stand here; of twenty without any true difference, one would look like one. "
-        f"Differences are taken within a seed: same labelled images, same diffusion model, same teacher."
+        f"Differences are taken within a seed: {_same(found)}."
     )
-    table = Table("First arm minus second, in points", ("", "difference", "reading"), _rows(study, found), True)
+    table = Table(f"First arm minus second{units}", ("", "difference", "reading"), _rows(study, found), True)
     said = verdicts(study)
     notes = [Notes(said)] if said else []
     return Section("What beats what", [Text(opening), *notes, Folded(ALL, [table]), Text(note, "note")])
+
+
+def _same(found: Sequence[Pair]) -> str:
+    return "; ".join(SAME[kind] for kind in dict.fromkeys(measure(pair.score).is_percent for pair in found))
+
+
+SAME = {
+    True: "same labelled images, same diffusion model, same teacher",
+    False: "same networks, same features to judge by; where a lower score is better, so is a negative difference",
+}
+
+
+def _units(found: Sequence[Pair]) -> str:
+    """`` in points`` of percentages; nothing where a score has no unit."""
+    kinds = {measure(pair.score).is_percent for pair in found}
+    return " in points" if kinds == {True} else " (in points where the score is in percent)" if len(kinds) > 1 else ""
 
 
 def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
@@ -89,6 +122,10 @@ def _rows(study: Study, found: Sequence[Pair]) -> list[Sequence[str]]:
     return rows
 
 
+def _named(score: str) -> str:
+    return f"{short_words(score)}{', lower is better' if measure(score).is_low_better else ''}"
+
+
 def verdicts(study: Study) -> list[tuple[str, str]]:
     """(question, answer) each, with the answer of every student."""
     answers: dict[str, list[str]] = {}
@@ -96,7 +133,7 @@ def verdicts(study: Study) -> list[tuple[str, str]]:
     several = len({pair.student for pair in found}) > 1
     for pair in found:
         if role(pair.rival, study.entries) in ASKED and not settings_in(pair.ours.short):  # a sweep has its picture
-            question = f"{sentence(pair.title('against'))} ({short_words(pair.score)})"
+            question = f"{sentence(pair.title('against'))} ({_named(pair.score)})"
             who = f"{pair.student} " if pair.student and several else ""
             answers.setdefault(question, []).append(f"{who}{pair.found.shown()} ({pair.found.word()})")
     return [(question, f"{'; '.join(said)}.") for question, said in answers.items()]

@@ -77,7 +77,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 # Pictures
 
 
-def _address(path: Path) -> tuple[str, float]:
+def address(path: Path) -> tuple[str, float]:
     """A picture file as a data address, no wider than a page needs, and its height by its width."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
@@ -90,37 +90,37 @@ def _address(path: Path) -> tuple[str, float]:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", height / width
 
 
-def _drawn(path: Path, found: Found) -> Markup:
+def drawn(path: Path, found: Found) -> Markup:
     """One picture as wide as the text."""
-    address, aspect = _address(path)
-    return sheet([("", address)], 1, aspect, _is_coarse(found))
+    data, aspect = address(path)
+    return sheet([("", data)], 1, aspect, is_coarse(found))
 
 
-def _is_coarse(found: Found) -> bool:
+def is_coarse(found: Found) -> bool:
     return max(found["image_size"]) <= COARSE
 
 
 def _grid(folder: Path, found: Found) -> list[Block]:
     shown = found["seeds"][:64]
     caption = f"{_seeds(shown).capitalize()}, row by row. Not selected. The files are images/seed-*.png, lossless."
-    return [Picture(f"{_count(len(shown))}, {_seeds(shown)}.", caption, _drawn(folder / "grid.png", found))]
+    return [Picture(f"{_count(len(shown))}, {_seeds(shown)}.", caption, drawn(folder / "grid.png", found))]
 
 
 def _repairs(folder: Path, found: Found) -> list[Block]:
     height, width = found["image_size"]
     painted, tokens = found["masked"][0], found["tokens"]
-    before, _ = _address(folder / "before.png")
+    before, _ = address(folder / "before.png")
     cells: list[tuple[str, Sequence[str]]] = []
     for seed in found["filmed"][:REPAIRS]:
-        start, _ = _address(folder / "steps" / f"seed-{seed:06d}-masked.png")
-        after, _ = _address(folder / "images" / f"seed-{seed:06d}.png")
+        start, _ = address(folder / "steps" / f"seed-{seed:06d}-masked.png")
+        after, _ = address(folder / "images" / f"seed-{seed:06d}.png")
         cells += [(before, ["before"]), (start, [f"{painted} of {tokens} tokens anew"]), (after, [f"seed {seed}"])]
     around = "The image's own pixels were put back around it." if found["repair"]["paste"] else AROUND
     alt = (
         f"Before, what is painted anew ({painted} of {tokens} tokens), and after: {_seeds(found['filmed'][:REPAIRS])}."
     )
     return [
-        Picture(alt, f"In blue, what is painted anew. {around}", gallery(cells, height / width, _is_coarse(found), 3))
+        Picture(alt, f"In blue, what is painted anew. {around}", gallery(cells, height / width, is_coarse(found), 3))
     ]
 
 
@@ -131,15 +131,19 @@ AROUND = (
 
 
 def _film(folder: Path, found: Found) -> list[Block]:
+    moving = Picture(
+        f"The same as an animation of {_seeds(found['filmed'])}.", "film.gif", drawn(folder / "film.gif", found)
+    )
+    return [Text(TOLD[found["by"]]), film_strip(folder, found), Folded("As an animation", [moving])]
+
+
+def film_strip(folder: Path, found: Found) -> Picture:
+    """The walk of the first images, step by step."""
     first = "The first picture is the image itself. " if found["repair"] else ""
     caption = f"From left to right: after a step, what is decoded; below, the tokens still open in blue. {first}"
     caption += f"{_count(len(found['filmed']))}, {_seeds(found['filmed'])}."
     alt = f"Film strip of {_seeds(found['filmed'])}: tokens still masked, step by step: {counts(found['masked'])}."
-    strip = Picture(alt, caption, _drawn(folder / "film.png", found))
-    moving = Picture(
-        f"The same as an animation of {_seeds(found['filmed'])}.", "film.gif", _drawn(folder / "film.gif", found)
-    )
-    return [Text(TOLD[found["by"]]), strip, Folded("As an animation", [moving])]
+    return Picture(alt, caption, drawn(folder / "film.png", found))
 
 
 TOLD = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffrep.report.findings import pairs
-from diffrep.report.numbers import listed, percent, sentence, shown
+from diffrep.report.made import made_headline
+from diffrep.report.numbers import listed, sentence
 from diffrep.report.page import Block, Text
-from diffrep.report.scores import best, labels_in, short_words
+from diffrep.report.scores import average_of, best, labels_in, short_words, valued
 from diffrep.report.values import Entry, Study, references, role
 
 
@@ -21,6 +22,8 @@ def _of_student(study: Study, student: str) -> list[Block]:
     scored = [arm for arms in roles.values() for arm in arms if arm.score(name)]
     if not scored or set(roles) == {"teacher"}:  # a teacher's score stands beside its students'
         return []
+    if any(arm.kind == "generation" for arm in scored):
+        return made_headline(scored, name, study.entries)
     drawn = [arm for arm in scored if arm in roles.get("drawn", [])]
     if drawn:
         return _unseen(study, student, drawn)
@@ -75,7 +78,7 @@ def _labels(arm: Entry, name: str) -> str:
 
 
 def _percent(arm: Entry, name: str) -> str:
-    return percent(list(arm.score(name).values()))
+    return average_of(name, list(arm.score(name).values()))
 
 
 def _unseen(study: Study, student: str, drawn: Sequence[Entry]) -> list[Block]:
@@ -99,14 +102,14 @@ CHOSEN = "The test images tell which setting is the highest, so its score flatte
 
 def _spread(arm: Entry, name: str) -> str:
     """``98.1 ± 0.3 %``."""
-    return f"{shown(list(arm.score(name).values())).partition(' (')[0]}\u00a0%"
+    return valued(name, list(arm.score(name).values()))
 
 
 def _teacher(study: Study, hero: Entry) -> str:
     named = references(hero.recipe.get("method", {}).get("teacher"))
     name = study.metric() or ""
     scores = [v for entry in study.entries if entry.name in named for v in entry.score(name).values()]
-    return f" Its teacher scores {percent(scores)}." if scores else ""
+    return f" Its teacher scores {average_of(name, scores)}." if scores else ""
 
 
 def _who_saw(hero: Entry) -> str:

@@ -25,10 +25,6 @@ def shown(values: Sequence[float], digits: int = 1) -> str:
     return mean if sd is None else f"{mean} ± {sd:.{digits}f} ({len(values)})"
 
 
-def percent(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f}{SPACE}%" if values else "not known yet"
-
-
 def average(values: Sequence[float], form: str = "{:,.0f}") -> str:
     return form.format(fmean(values)) if values else MISSING
 
@@ -52,11 +48,12 @@ def binomial_se(score: float, images: int) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference of two arms, seed by seed, in points."""
+    """The difference of two arms, seed by seed, in the score's own unit (points of a percentage)."""
 
     differences: tuple[float, ...]
     noise: float | None = None  # standard error of one difference from the test set's size alone; None: not known
     is_low_better: bool = False  # whether a negative difference is good news
+    digits: int = 1  # behind the point, where it is printed
 
     @property
     def mean(self) -> float:
@@ -75,7 +72,8 @@ class Paired:
 
     def shown(self) -> str:
         sd = spread(self.differences)
-        return signed(self.mean) + ("" if sd is None else f" ± {sd:.1f} ({len(self.differences)})")
+        digits = self.digits
+        return signed(self.mean, digits) + ("" if sd is None else f" ± {sd:.{digits}f} ({len(self.differences)})")
 
     def word(self) -> str:
         """The reading in two or three words."""
@@ -96,16 +94,21 @@ class Paired:
         if half is None:
             return f"{self.word()}{' of the test set' if self.mean and self.noise is not None else ''}; one seed"
         seeds = f"higher in {self.above} of {len(self.differences)} seeds"
-        return f"{self.word()}: {seeds}; 95 % interval {signed(self.mean - half)} to {signed(self.mean + half)}"
+        low, high = (signed(end, self.digits) for end in (self.mean - half, self.mean + half))
+        return f"{self.word()}: {seeds}; 95 % interval {low} to {high}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 1) -> str:
     """``+0.9``, with a true minus sign."""
-    return f"{value:+.1f}".replace("-", MINUS)
+    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def paired(
-    ours: Mapping[int, float], other: Mapping[int, float], test_images: int, is_low_better: bool = False
+    ours: Mapping[int, float],
+    other: Mapping[int, float],
+    test_images: int,
+    is_low_better: bool = False,
+    digits: int = 1,
 ) -> Paired | None:
     """``ours`` minus ``other`` over the seeds both have; None if they share none.
 
@@ -117,7 +120,7 @@ def paired(
         return None
     errors = [binomial_se(fmean(side.values()), test_images) for side in (ours, other)]
     noise = math.hypot(*errors) if test_images else None
-    return Paired(tuple(ours[s] - other[s] for s in seeds), noise, is_low_better)
+    return Paired(tuple(ours[s] - other[s] for s in seeds), noise, is_low_better, digits)
 
 
 def listed(items: Sequence[str]) -> str:

@@ -60,6 +60,7 @@ class Dots:
     label: str
     values: Sequence[float]
     marked: bool = False
+    digits: int = 1  # of the mean beside it
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ def _dots(axes: Axes, y: int, row: Dots) -> None:
         axes.errorbar(mean, y, xerr=stdev(row.values), color=colour, capsize=3, linewidth=1.6)
         axes.plot(row.values, [y + 0.3] * len(row.values), "o", color=colour, markersize=3, markeredgewidth=0)
     axes.plot(mean, y, "D" if row.marked else "o", color=colour, markersize=8, markeredgecolor="white")
-    axes.annotate(f"{mean:.1f}", (1, y), (8, 0), color=INK, **beside)
+    axes.annotate(f"{mean:.{row.digits}f}", (1, y), (8, 0), color=INK, **beside)
 
 
 def _score_axis(axes: Axes, values: Sequence[float], unit: str) -> None:
     if values:
-        margin = max(1.0, 0.06 * (max(values) - min(values)))
+        margin = max(min(1.0, 0.05 * max(values)), 0.06 * (max(values) - min(values)))
         axes.set_xlim(min(values) - margin, max(values) + margin)
     axes.set_xlabel(unit)
 

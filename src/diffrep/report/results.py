@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from diffrep.report import sections
-from diffrep.report.numbers import MISSING, compact, listed, shown
+from diffrep.report.numbers import MISSING, compact, listed
 from diffrep.report.page import Block, Section, Table, Text
-from diffrep.report.scores import meanings, score_words
+from diffrep.report.scores import meanings, printed, score_words, unit_words
 from diffrep.report.sections import labels_text
 from diffrep.report.values import Entry, Study, builds_on, role, score_names
 
@@ -19,15 +19,15 @@ def results(study: Study) -> Section | None:
     """A table of scores for each contest, then one of costs."""
     if not study.arms:
         return None
-    blocks: list[Block] = [_scores(study, contest) for contest in study.contests()]
-    names = score_names(study.arms)
+    blocks: list[Block] = [*(_scores(study, contest) for contest in study.contests()), *_aside(study)]
+    names = score_names([*study.arms, *_unjudged(study)])
     return Section("All results", [*blocks, Text(meanings(names), "note"), _costs(study), Text(COUNTING, "note")])
 
 
 COUNTING = (
-    "Multiply-adds count training, forward and backward (k, M, G, T: thousand to million million); the column after "
-    "it adds all that an arm builds on: diffusion model, teacher, drawn images, stored features and answers, which "
-    "several arms share."
+    "Multiply-adds count training, forward and backward, or making images (k, M, G, T: thousand to million million); "
+    "the column after it adds all that an arm builds on: diffusion model, teacher, drawn images, stored features and "
+    "answers, networks of tokens, and who judges; several arms share these."
 )
 
 
@@ -53,11 +53,31 @@ def _scores(study: Study, contest: Study) -> Table:
     entries = [*contest.arms, *(e for e in rest if score_names([e]))]
     first = contest.metric()
     names = list(dict.fromkeys([*([first] if first else []), *score_names(contest.arms)]))
-    cells = {e.name: [shown(list(e.score(name).values())) for name in names] for e in entries}
-    several = " Several seeds: mean ± standard deviation (number of seeds)." if len(study.seeds) > 1 else ""
+    cells = {e.name: [printed(name, list(e.score(name).values())) for name in names] for e in entries}
     rows = _rows(study, _groups(contest, entries), cells)
     which = f"Arms judged by {score_words(first or '')}: scores" if len(study.contests()) > 1 else "Scores"
-    return Table(f"{which} in percent.{several}", ["", *map(score_words, names)], rows)
+    return Table(f"{which}{unit_words(names)}.{_several(study)}", ["", *map(score_words, names)], rows)
+
+
+def _several(study: Study) -> str:
+    return " Several seeds: mean ± standard deviation (number of seeds)." if len(study.seeds) > 1 else ""
+
+
+def _unjudged(study: Study) -> list[Entry]:
+    """Stages with scores of a kind that no arm is judged by."""
+    arms, judged = study.arms, {contest.metric() for contest in study.contests()}
+    return [e for e in study.entries if e not in arms and score_names([e]) and study.judged_by(e) not in judged]
+
+
+def _aside(study: Study) -> list[Block]:
+    """What these score: beside the point of the study, and measured all the same."""
+    found = _unjudged(study)
+    names = score_names(found)
+    if not found:
+        return []
+    rows = [[e.label, *(printed(name, list(e.score(name).values())) for name in names)] for e in found]
+    caption = f"What the other stages score{unit_words(names)}.{_several(study)}"
+    return [Table(caption, ["", *map(score_words, names)], rows)]
 
 
 def _costs(study: Study) -> Table:

@@ -1,10 +1,38 @@
-"""What a score is called, what it means, and which way it is better."""
+"""What a score is called, what it means, its unit, and which way it is better."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
+from diffrep.report.numbers import SPACE, listed, shown
 from diffrep.report.values import Entry
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Unit and direction of a score. is_share: of test images, so that their number alone says how sure it is."""
+
+    is_percent: bool = True
+    is_low_better: bool = False
+    is_share: bool = True
+    digits: int = 1
+
+
+DISTANCE = Measure(is_percent=False, is_low_better=True, is_share=False)
+FINE = Measure(is_percent=False, is_low_better=True, is_share=False, digits=4)
+PART = Measure(is_percent=False, is_share=False, digits=3)  # of one, as torch-fidelity says it
+MEASURES = {
+    "ece": Measure(is_low_better=True, is_share=False),
+    "frechet": DISTANCE,
+    "kernel": FINE,
+    "fid": DISTANCE,
+    "kid": FINE,
+    "is": Measure(is_percent=False, is_share=False),
+    "precision": PART,
+    "recall": PART,
+}
 
 COUNTED = {"linear_probe": "linear probe", "knn": "k-NN"}  # names that end in a number of labels
 WORDS = {
@@ -13,6 +41,11 @@ WORDS = {
     "agreement": "agreement with the teacher",
     "ece": "calibration error",
     "best_top1": "top-1 of the held-out choice",
+    "frechet": "Frechet distance",
+    "kernel": "kernel distance",
+    "fid": "FID in torch-fidelity's Inception",
+    "kid": "KID in torch-fidelity's Inception",
+    "is": "Inception score",
 }
 MEANING = {
     "linear_probe": "Linear probe: the network is frozen and the simplest classifier learns from its output.",
@@ -25,8 +58,55 @@ MEANING = {
         "Top-1 of the held-out choice: of the checkpoint that agreed best with the teacher on images held out from "
         "those the student learned from (drawn ones, if it learned from drawn ones); no label is read to choose it."
     ),
+    "frechet": (
+        "Frechet distance: a classifier looks at all images made and at real ones; how far the mean and the spread of "
+        "what it sees in the ones are from those of the others. Zero would be no difference; lower is better, and only "
+        "values by the same classifier and the same number of images compare."
+    ),
+    "kernel": (
+        "Kernel distance: the same question without assuming that the features are normally distributed; lower is "
+        "better."
+    ),
+    "fid": "FID: the Frechet distance in the features of torch-fidelity's Inception; lower is better.",
+    "kid": "KID: the kernel distance in the same features; lower is better.",
+    "is": "Inception score: how sure Inception is of each image, and how different its answers are; higher is better.",
+    "precision": "Precision: the part of made images that lie among real ones.",
+    "recall": "Recall: the part of real images that lie among those made.",
 }
-LOW = ("ece",)  # lower is better, and no share of images
+
+
+def measure(name: str) -> Measure:
+    """Of any score; those that are not listed are percentages of test images."""
+    return MEASURES.get(name, Measure())
+
+
+def printed(name: str, values: Sequence[float]) -> str:
+    """``91.3 ± 0.8 (5)``, with as many digits as the score deserves."""
+    return shown(values, measure(name).digits)
+
+
+def valued(name: str, values: Sequence[float]) -> str:
+    """``98.1 ± 0.3 %`` or ``8.9``: with its unit, without the number of seeds."""
+    return printed(name, values).partition(" (")[0] + unit(name) if values else "not known yet"
+
+
+def average_of(name: str, values: Sequence[float]) -> str:
+    """The mean alone, with its unit."""
+    return valued(name, [fmean(values)] if values else [])
+
+
+def unit(name: str) -> str:
+    """What stands behind its number."""
+    return f"{SPACE}%" if measure(name).is_percent else ""
+
+
+def unit_words(names: Sequence[str]) -> str:
+    """What is said behind the word scores: `` in percent``, or which way plain numbers are better."""
+    plain = [name for name in names if not measure(name).is_percent]
+    if not plain:
+        return " in percent"
+    plain_alone = ", lower is better" if all(measure(name).is_low_better for name in plain) else ""
+    return plain_alone if len(plain) == len(names) else f" in percent, but {listed([score_words(n) for n in plain])}"
 
 
 def score_words(name: str) -> str:
@@ -44,8 +124,10 @@ def short_words(name: str) -> str:
 
 def axis_words(name: str) -> str:
     """What stands under the axis of a chart."""
-    if name in LOW:
-        return f"{score_words(name)} in %, lower is better"
+    kind = measure(name)
+    if not kind.is_share:
+        better = ", lower is better" if kind.is_low_better else ", higher is better"
+        return f"{score_words(name)}{' in %' if kind.is_percent else ''}{better}"
     return f"% {'alike' if name == 'agreement' else 'correct'}, {score_words(name)}"
 
 
@@ -63,4 +145,4 @@ def labels_in(name: str) -> int | None:
 
 def best(entries: Iterable[Entry], name: str) -> Entry:
     """The one with the best mean; all of them have the score."""
-    return (min if name in LOW else max)(entries, key=lambda entry: entry.mean(name))
+    return (min if measure(name).is_low_better else max)(entries, key=lambda entry: entry.mean(name))

@@ -18,16 +18,24 @@ LOGGED = {
     "repfusion": {"kd_loss": "kd_loss"},
     "dmkd": {"kd_loss": "kd_loss", "agreement": "% agreement"},
     "finetune": {"loss": "loss"},
+    "tokenizer": {"mse": "mean squared error"},
+    "token_predictor": {"masked_top1": "% of hidden tokens named"},
+    "addp": {"loss": "loss"},
 }
+SHARES = ("agreement", "masked_top1", "codes_used")  # logged as parts of one, shown in percent
 KINDS = {
     "denoiser": "diffusion model",
     "repfusion": "distillation (RepFusion)",
     "dmkd": "distillation of a classifier (DM-KD)",
     "finetune": "fine-tuning",
+    "tokenizer": "tokenizer",
+    "token_predictor": "token predictor (MAGE)",
+    "addp": "ADDP",
     "probe": "probe of a diffusion model",
     "features": "stored features",
     "synthesis": "drawn images",
     "answers": "stored answers of a classifier",
+    "generation": "images made of tokens",
 }
 NO_TRAINING = ("probe", "features", "synthesis", "answers", "generation")  # kinds of stages in which nothing learns
 CURVE_WORDS = {
@@ -41,13 +49,19 @@ CURVE_WORDS = {
     "learned by heart; only the test images tell what that is worth.",
     ("denoiser", "loss"): "How badly the diffusion model guesses the noise that was added to an image (mean squared "
     "error).",
+    ("tokenizer", "mse"): "How far an image is from itself after it was turned into tokens and back (mean squared "
+    "error of pixels between 0 and 1).",
+    ("token_predictor", "masked_top1"): "How often the token predictor names a hidden token of a training image, the "
+    "rest of the tokens in sight. Several tokens often fit one place, so it stays far below 100.",
+    ("addp", "loss"): "How far ADDP's guess at the hidden tokens, from pixels, is from what the token predictor says "
+    "of them (cross-entropy). It cannot reach zero: the predictor itself is unsure.",
 }
 
 
 def curve(entry: Entry, key: str) -> pictures.Curve | None:
     """A logged number over the steps, the mean of the seeds that logged it; a share in percent."""
     found: dict[int, list[float]] = {}
-    scale = 100 if key == "agreement" else 1
+    scale = 100 if key in SHARES else 1
     for run in entry.runs:
         for line in run.metrics:
             if isinstance(line.get(key), int | float):

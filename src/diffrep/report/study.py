@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffrep.report import results, sections, sets, sweeps, teachers
+from diffrep.report import made, networks, results, sections, sets, sweeps, teachers
 from diffrep.report.arms import arms_blocks, middle_noise
 from diffrep.report.findings import findings
 from diffrep.report.headline import headline
@@ -23,6 +23,8 @@ def study_page(study: Study) -> Page:
         *sweeps.sweeps(study),
         teachers.samples(study.entries),
         sets.drawn_sets(study.entries),
+        made.made_images([*study.arms, *(e for e in study.entries if e not in study.arms)], study.entries),
+        networks.networks(study.entries),
         *(teachers.sweep(probe, taps) for probe in probes),
         teachers.policies(study.entries, probes[0] if probes else None),
         results.results(study),

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from diffrep.report import pictures
-from diffrep.report.numbers import listed, shown
+from diffrep.report.numbers import listed
 from diffrep.report.page import Picture, Section, Text
-from diffrep.report.scores import axis_words, best, score_words
+from diffrep.report.scores import average_of, axis_words, best, printed, score_words, unit_words
 from diffrep.report.values import Entry, Study, role
 
 PAIR = re.compile(r"\s*([^=,]*[^=,\s])\s*=\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*")
@@ -82,14 +82,15 @@ def _level(study: Study, arms: Sequence[Entry], score: str) -> tuple[str, float]
 
 def _alt(lines: Lines, x: str, score: str) -> str:
     said = [
-        f"{label}: " + ", ".join(f"{x} = {v:g} {shown(s)}" for v, s in points.items())
+        f"{label}: " + ", ".join(f"{x} = {v:g} {printed(score, s)}" for v, s in points.items())
         for label, points in lines.items()
     ]
-    return f"{score_words(score)} in percent against {x}. {'; '.join(said)}."
+    return f"{score_words(score)}{unit_words([score])} against {x}. {'; '.join(said)}."
 
 
 def _caption(study: Study, arms: Sequence[Entry], level: tuple[str, float] | None, score: str) -> str:
     top = best(arms, score)
     several = " Points are means over seeds, bars one standard deviation." if len(study.seeds) > 1 else " One seed."
-    dashed = f" Dashed: {level[0]}, {level[1]:.1f} %." if level else ""
-    return f"Best of {len(arms)} points: {top.short}, {top.mean(score):.1f} %.{several}{dashed}"
+    dashed = f" Dashed: {level[0]}, {average_of(score, [level[1]])}." if level else ""
+    height = average_of(score, [top.mean(score)])
+    return f"Best of {len(arms)} points: {top.short}, {height}.{several}{dashed}"

@@ -50,7 +50,7 @@ class Entry:
         label: what the row is called; the part before a colon names the student it is grouped under.
         recipe: settings, with references as ``stage:NAME`` inside a study.
         needs: names of the entries it builds on.
-        scores: seed -> score name -> percent (and ``test_images``).
+        scores: seed -> score name -> percent, or as scores.MEASURES says (and ``test_images``).
         num_seeds: how many runs there will be.
     """
 
@@ -64,18 +64,21 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """``denoiser``, ``repfusion``, ``finetune``, ``dmkd``; ``probe``, ``features``, ``synthesis``, ``answers``."""
+        """That of a recipe's method; of any other stage its own, like ``probe``, ``synthesis`` or ``generation``."""
         kind = str(self.recipe.get("kind", "recipe"))
         return str(self.recipe.get("method", {}).get("kind", kind)) if kind == "recipe" else kind
 
     @property
     def student(self) -> str:
+        """Whom it belongs to; images belong to none, so that all ways of making them share one group."""
+        if self.kind == "generation":
+            return ""
         return self.label.partition(":")[0].strip() if ":" in self.label else ""
 
     @property
     def short(self) -> str:
         """The label without its student."""
-        return self.label.partition(":")[2].strip() if ":" in self.label else self.label
+        return self.label.partition(":")[2].strip() if self.student else self.label
 
     def results(self) -> list[dict[str, Any]]:
         return [run.result for run in self.runs if run.result is not None]
@@ -144,6 +147,8 @@ class Study:
             return wanted if wanted in names else names[0]
         if entry.recipe.get("evaluate", {}).get("protocol") == "classifier":
             return wanted if wanted in CLASSIFIER else "top1"
+        if entry.kind == "generation":
+            return "frechet" if (entry.recipe.get("score") or {}).get("features") else "fid"
         return wanted
 
     def contests(self) -> list[Study]:
@@ -245,6 +250,8 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.kind == "finetune":
         started = "tuned" if method.get("init") else "drawn_labels" if source == "drawn" else "scratch"
         return "teacher" if started == "scratch" and _teaches(entry, entries) else started
+    if entry.kind == "generation":
+        return _walking(entry.recipe)
     if entry.kind not in ("repfusion", "dmkd"):
         return "other"
     if entry.recipe.get("train", {}).get("steps") == 0:
@@ -252,6 +259,13 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
     if any(text.startswith("random:") for text in _teachers(method, entries)):
         return "random"
     return source if entry.kind == "dmkd" else _looking(method)
+
+
+def _walking(recipe: Mapping[str, Any]) -> str:
+    """How images are made of tokens."""
+    if recipe.get("by") == "predictor":
+        return "predictor"
+    return "at_once" if (recipe.get("alternation") or {}).get("steps") == 1 else "alternation"
 
 
 def _looking(method: Mapping[str, Any]) -> str:
