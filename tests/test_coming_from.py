@@ -22,12 +22,12 @@ from diffrep.data.sources import parse
 from diffrep.errors import UserError
 from diffrep.models.students import check_name
 from diffrep.recipes import RECIPES
-from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, Study, SweepTask, SynthesisTask
+from diffrep.recipes.base import AnswerTask, FeatureTask, GenerationTask, Recipe, Study, SweepTask, SynthesisTask
 from diffrep.recipes.loading import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "coming-from").glob("*.md"))
-TASKS = (Recipe, Study, SynthesisTask, AnswerTask, FeatureTask, SweepTask)
+TASKS = (Recipe, Study, SynthesisTask, AnswerTask, FeatureTask, SweepTask, GenerationTask)
 # Something to lay a setting with a value on; of a study, the stage it belongs to.
 BASES = (
     *((name, "") for name in ("dmkd_cifar100_debug", "finetune_debug", "repfusion_debug", "denoiser_debug")),

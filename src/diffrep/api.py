@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffrep.generation import generate, generation_cost
 from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
 from diffrep.launch.jobs import Engine, close
+from diffrep.launch.reproduce import Plan, Reproduced, converted, planned
 from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.recipes import RECIPES
 from diffrep.recipes.base import FeatureTask, Published, Recipe, Study, SweepTask, SynthesisTask, recipe_hash, to_yaml
@@ -34,7 +36,8 @@ from diffrep.studies import check_jobs, run_study
 
 __all__ = [
     "card", "convert", "dry_run", "evaluate", "features", "generate", "generation_cost", "load_data", "load_teacher",
-    "probe", "recipes", "regenerate", "report", "run", "score", "show", "synthesis_cost", "synthesize", "tokenize",
+    "probe", "recipes", "regenerate", "report", "reproduce", "run", "score", "show", "synthesis_cost", "synthesize",
+    "tokenize",
 ]  # fmt: skip
 
 
@@ -333,6 +336,30 @@ def score(images: str, reference: str, settings: dict[str, Any] | None = None, a
 
     config = validate(ScoreConfig, settings or {}, "score")
     return score_images(images, reference, config, default_device(), progress, allow_code)
+
+
+def reproduce(
+    name: str, jobs: int | None = None, ray: str | None = None, dry_run: bool = False, **wanted: Any
+) -> Plan | Reproduced | None:
+    """Published scores again (``wanted``: see :func:`diffrep.launch.reproduce.planned`); goes on where it stopped.
+
+    Returns None in all but the first process of torchrun.
+    """
+    from diffrep.evaluation import inception, made
+    from diffrep.frozen.classifier import ClassifierConfig, load_classifier
+
+    plan = planned(name, **wanted)
+    if features := plan.judging["features"]:  # what scores need has to be there before images are made for hours
+        load_classifier(validate(ClassifierConfig, features, "reproduce --features"))
+    else:
+        inception.need_torch_fidelity()
+        inception.find_weights(plan.judging["inception"])
+    if not inception.is_statistics(plan.reference):
+        made.opened(plan.reference, None)
+    if dry_run:
+        return replace(plan, cost=generation_cost(plan.model, plan.settings, plan.seeds))
+    found = generate(converted(plan), plan.out, plan.settings, plan.seeds, jobs, ray)
+    return Reproduced(plan, found, score(plan.png, plan.reference, plan.judging)).kept() if found else None
 
 
 def _foreign_scores(model: str, data: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

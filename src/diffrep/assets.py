@@ -1,4 +1,4 @@
-"""Weights that recipes name: where they are, and under which licence. Nothing is fetched here."""
+"""Weights that recipes name: where they are, which licence, what their authors report. Nothing is fetched here."""
 
 from __future__ import annotations
 
@@ -32,17 +32,26 @@ def _ddpm(sample_size: int, widths: tuple[int, ...], attention_level: int) -> di
     }
 
 
+# The authors contradict themselves; nobody states a licence for the tokenizer that MAGE passes on.
+_ADDP = "contradictory: Apache-2.0 (README, model page), CC BY-NC 4.0 (LICENSE file); take it as non-commercial"
+_MAGE = "MIT (that of the MAGE repository)"
+
+
 @dataclass(frozen=True)
 class Asset:
     """One published file or folder.
 
     unet: the architecture in diffusers' words, so that it can be built, counted and tested without its weights.
+    size: smallest and largest number of bytes of a whole file; () where that is not known.
+    scores: what its authors report of its images.
     """
 
     key: str
     location: str
     licence: str
     unet: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 ASSETS = {
@@ -55,6 +64,24 @@ ASSETS = {
             "Apache-2.0",
             unet=_ddpm(256, (128, 128, 256, 256, 512, 512), 4),
         ),
+        # Base: its tensors have 1,392,226,652 bytes, an archive of them some hundred thousand more.
+        Asset(
+            "addp-vit-base-16",
+            "Changyao/ADDP",
+            _ADDP,
+            size=(1_392_226_652, 1_393_226_652),
+            scores={"FID": 8.9, "IS": 95.3},
+        ),
+        Asset(
+            "addp-vit-large-16",
+            "Changyao/ADDP",
+            _ADDP,
+            size=(3_500_693_749, 3_500_693_749),
+            scores={"FID": 7.6, "IS": 105.1},
+        ),
+        Asset("mage-vitb-1600", "github.com/LTH14/mage", _MAGE, scores={"FID": 11.1, "IS": 81.2}),
+        Asset("mage-vitl-1600", "github.com/LTH14/mage", _MAGE, scores={"FID": 9.1, "IS": 105.1}),
+        Asset("vqgan_jax_strongaug", "github.com/LTH14/mage", "unknown (MAGE, which passes it on, is under MIT)"),
     )
 }
 

@@ -20,6 +20,7 @@ from diffrep.launch.generate_verb import add_generate_verb
 from diffrep.launch.options import synthesize_verb, with_partition
 from diffrep.launch.parsing import integers as _integers
 from diffrep.launch.parsing import numbers as _numbers
+from diffrep.launch.reproduce_verb import add_reproduce_verb
 from diffrep.launch.token_verbs import add_token_verbs
 
 app = typer.Typer(
@@ -227,14 +228,16 @@ def evaluate(
     _print(json.dumps(scores, indent=2) if as_json else words.scores(scores))
 
 
-def _score(given: dict[str, Any], as_json: bool) -> None:
+def _reported(verb: str, given: dict[str, Any], as_json: bool) -> None:
     _one_thread(1)
     from diffrep import api
 
-    _report(api.score(**given), as_json)
+    if found := getattr(api, verb)(**given):  # the other processes of torchrun say nothing
+        _report(found, as_json)
 
 
-app.command()(score_verb(_score))
+app.command()(score_verb(lambda given, as_json: _reported("score", given, as_json)))
+add_reproduce_verb(app, _reported)
 
 
 @app.command()

@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "torchvision_operators": "declared by diffrep" if _torchvision_compat.install() else "compiled",
         "compiler": shutil.which("g++") or shutil.which("clang++"),
         "extras": {package: find_spec(package) is not None for package in EXTRAS},
-        "weights_cached": {key: _cached(asset.location) for key, asset in ASSETS.items()},
+        "weights_cached": {key: _cached(asset.location) for key, asset in ASSETS.items() if asset.unet},
         "data_kinds": sorted(set(KINDS) - {"digits"}),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffrep.assemble import assemble, estimate, peak_memory
+from diffrep.assemble import assemble, default_device, estimate, peak_memory
 from diffrep.data.datasets import load_data
 from diffrep.data.transforms import augmentation
 from diffrep.files import write_json
@@ -24,8 +24,18 @@ from diffrep.frozen import answers, stores
 from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
-from diffrep.recipes.base import AnswerTask, FeatureTask, Recipe, Study, SweepTask, SynthesisTask, recipe_hash
-from diffrep.stages import synthesis_cost
+from diffrep.launch import generation_cost
+from diffrep.recipes.base import (
+    AnswerTask,
+    FeatureTask,
+    GenerationTask,
+    Recipe,
+    Study,
+    SweepTask,
+    SynthesisTask,
+    recipe_hash,
+)
+from diffrep.stages import generate_job, synthesis_cost
 from diffrep.studies import instances
 
 
@@ -51,6 +61,9 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
         return _answers(task, stand_in, allow_code)
     if isinstance(task, SynthesisTask):
         return synthesis_cost(task, allow_code, stand_in)
+    if isinstance(task, GenerationTask):
+        generation = generate_job(task, stand_in).open()
+        return generation_cost.estimate(generation, default_device().type)
     assert isinstance(task, SweepTask)
     teacher = load_teacher(task.teacher, allow_code)
     images = sum(len(load_data(task.data, split)) for split in ("train", task.sweep.split))

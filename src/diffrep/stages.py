@@ -20,12 +20,12 @@ from diffrep.data.shards import check_shards, read_manifest
 from diffrep.errors import UserError
 from diffrep.evaluation.generation import score_images
 from diffrep.evaluation.sweep import sweep
-from diffrep.files import locked, read_json, write_json
+from diffrep.files import locked, read_json, write_atomic, write_json
 from diffrep.frozen.answers import store_settings, write_answers
 from diffrep.frozen.classifier import load_classifier
 from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import write_features
-from diffrep.launch import generate, generation_cost
+from diffrep.launch import generate, generation_cost, held_out
 from diffrep.launch.jobs import Engine, ShardJob, close, here
 from diffrep.methods.synthesis import estimate, finish, write_stand_in
 from diffrep.recipes.base import (
@@ -41,7 +41,7 @@ from diffrep.recipes.base import (
 )
 from diffrep.training.run import RunDir
 
-SWEEP, COST = "sweep.json", "cost.json"
+SWEEP, COST, MENDED = "sweep.json", "cost.json", "mended.png"
 
 
 def run_task(
@@ -286,7 +286,8 @@ def _generation(task: GenerationTask, allow_code: bool) -> Work:
         finally:
             generate.close()
         result = {"images": found["images"], "licence": opened.network.licence, "images_seen": calls}
-        return result | {"multiply_adds": added} | _generation_scores(task, run_dir, allow_code)
+        result |= {"multiply_adds": added} | _generation_scores(task, run_dir, allow_code)
+        return result | _held_out(task, opened, run_dir, allow_code)
 
     return work
 
@@ -304,6 +305,18 @@ def _generation_scores(task: GenerationTask, run_dir: Path, allow_code: bool) ->
     images = f"folder:{run_dir / generate.IMAGES}"
     found = score_images(images, task.reference, task.score, assemble.default_device(), allow_code=allow_code)
     return {"scores": {score_key(score.name): score.value for score in found.scores}, "protocol": found.to_json()}
+
+
+def _held_out(task: GenerationTask, opened: generate.Generation, run_dir: Path, allow_code: bool) -> dict[str, Any]:
+    """The reference's test images through the tokenizer, and with a hole mended."""
+    if task.reference is None or task.hole is None:
+        return {}
+    real = load_data(DataConfig(source=task.reference), "test")
+    write_atomic(run_dir / MENDED, held_out.mended(real, opened, task.hole))
+    if task.score.features is None or real.labels is None:
+        return {}
+    judge = load_classifier(task.score.features, allow_code=allow_code)
+    return {"held_out": held_out.read_share(real, opened.tokenizer, judge)}
 
 
 def score_key(name: str) -> str:

@@ -92,15 +92,13 @@ class Repair:
             count = int(tokens * (self.config.ratio or 0) + 1e-9)  # official: the part below a whole token is dropped
             wanted = f"--ratio {self.config.ratio:g} of {tokens} tokens"
         else:
-            count, wanted = int(self._touched(self.region).sum()), self.config.mask or "what lies outside the box"
+            count, wanted = (
+                int(touched(self.region, self.grid, self.stride).sum()),
+                self.config.mask or "what lies outside the box",
+            )
         if not count:
             raise UserError(f"{wanted}: nothing is left to paint anew (white, or --ratio, says what to paint)")
         return count
-
-    def _touched(self, region: Tensor) -> Tensor:
-        """(H, W) bool -> (L,): tokens of which any pixel is in the region."""
-        cells = region.view(self.grid[0], self.stride, self.grid[1], self.stride)
-        return cells.any(3).any(1).flatten()
 
     @cached_property
     def ids(self) -> Tensor:
@@ -109,7 +107,7 @@ class Repair:
     def mask(self, seeds: list[int]) -> Tensor:
         """(B, L) bool, True where tokens are painted anew: of every image the same number."""
         if self.region is not None:
-            return self._touched(self.region).expand(len(seeds), -1)
+            return touched(self.region, self.grid, self.stride).expand(len(seeds), -1)
         tokens = self.grid[0] * self.grid[1]
         order = [torch.rand(tokens, dtype=torch.float64, generator=stream(seed, "variation")) for seed in seeds]
         return lowest(torch.stack(order), self.count)
@@ -124,6 +122,11 @@ class Repair:
         found = {"image": _sha256(self.image.numpy()), "paste": self.config.paste, "tokens": self.count}
         which = {"ratio": self.config.ratio} if self.region is None else {"region": _sha256(self.region.numpy())}
         return found | which
+
+
+def touched(region: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """(H, W) bool -> (L,): tokens of which any pixel is in the region."""
+    return region.view(grid[0], stride, grid[1], stride).any(3).any(1).flatten()
 
 
 def upsampled(mask: Tensor, grid: tuple[int, int], stride: int) -> Tensor:

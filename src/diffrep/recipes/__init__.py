@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from diffrep.recipes import (
     addp,
+    addp_released,
     denoiser,
     dmkd,
     dmkd_cifar10,
@@ -18,5 +19,17 @@ from diffrep.recipes import (
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
-ROOMS = (quickstart, denoiser, repfusion, dmkd, dmkd_cifar10, dmkd_cifar100, dmkd_imagenet, dmkd_more, addp, finetune)
+ROOMS = (
+    quickstart,
+    denoiser,
+    repfusion,
+    dmkd,
+    dmkd_cifar10,
+    dmkd_cifar100,
+    dmkd_imagenet,
+    dmkd_more,
+    addp,
+    addp_released,
+    finetune,
+)
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

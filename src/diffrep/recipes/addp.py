@@ -92,6 +92,7 @@ def _joined(tokenizer: Recipe, predictor: Recipe, network: Recipe) -> dict[str, 
 
 
 WALK = AlternationConfig(steps=8, choice_temperature=4.0)
+HOLE = (2, 2, 6, 6)  # the middle of a digit, in pixels
 ONE_STEP = AlternationConfig(steps=1)  # every token drawn at once, from what is known of its place alone
 
 
@@ -113,7 +114,7 @@ def addp_digits() -> Study:
         stages={
             **stages,
             "classifier": dmkd.classifier(),
-            "alternation": _made("digits_by_addp", "stage:addp", WALK, "addp"),
+            "alternation": _made("digits_by_addp", "stage:addp", WALK, "addp").model_copy(update={"hole": HOLE}),
             "predictor_alone": _made("digits_by_mage", "stage:token_predictor", WALK, "predictor"),
             "one_step": _made("digits_at_once", "stage:addp", ONE_STEP, "addp"),
         },
@@ -139,8 +140,11 @@ def addp_debug() -> Study:
     network = network.model_copy(update={"train": two, "method": network.method.model_copy(update={"network": small})})
     return Study(
         name="addp_debug",
-        about="Two steps of tokenizer, token predictor and ADDP.",
-        stages=_joined(tokenizer, predictor, network),
+        about="Two steps of tokenizer, token predictor and ADDP, then two images.",
+        stages={
+            **_joined(tokenizer, predictor, network),
+            "alternation": GenerationTask(name="debug_images", model="stage:addp", alternation=ONE_STEP, images=2),
+        },
         arms={"addp": "ADDP: pretrained encoder"},
         headline="linear_probe_50",
     )

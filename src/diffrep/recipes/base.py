@@ -184,6 +184,7 @@ class GenerationTask(Task):
     images: int = Field(50_000, ge=1)
     reference: str | None = None  # data reference that they are scored against
     score: ScoreConfig = ScoreConfig()
+    hole: tuple[int, int, int, int] | None = None  # X0, Y0, X1, Y1: also mend this box of the reference's test images
 
 
 Stage = Annotated[

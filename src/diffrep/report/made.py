@@ -125,7 +125,8 @@ def made_images(entries: Sequence[Entry], everything: Sequence[Entry] = ()) -> S
     if not found:
         return None
     walked = next((one for one in found if role(one[0], everything) == "alternation"), found[0])
-    blocks = [*_first_images(found), *_all_images(found), *_walk(*walked)]
+    mended = [block for _, run, known in found for block in _mended(run, known)]
+    blocks = [*_first_images(found), *_all_images(found), *_walk(*walked), *mended, *_copies(found)]
     return Section("The images that were made", [Text(TEXT), *blocks]) if blocks else None
 
 
@@ -197,3 +198,24 @@ def _walk(entry: Entry, run: Run, known: Mapping[str, Any]) -> list[Block]:
     about = f"The pixels between the steps of “{entry.label}”. "
     picture = Picture(about + strip.alt, about + strip.caption, strip.svg)
     return [Text(f"How they come about: {TOLD[known['by']]}"), picture]
+
+
+def _mended(run: Run, known: Mapping[str, Any]) -> list[Block]:
+    """Test images with a hole, before and after."""
+    if not (run.path / "mended.png").is_file():
+        return []
+    rows = "Above: test images. In the middle: the same with a hole. Below: what the network puts there"
+    told = f"{rows}, from the tokens that are still visible; around the hole it is the tokenizer's copy."
+    return [Picture(f"Repair. {rows}.", told, drawn(run.path / "mended.png", known))]
+
+
+def _copies(found: Sequence[Found]) -> list[Block]:
+    """What the way through tokens costs."""
+    held = [run.result["held_out"] for _, run, _ in found if run.result and "held_out" in run.result]
+    return [
+        Text(
+            f"What tokens lose: a classifier names {one['copies_read']:.1f} % of {one['images']:,} test images after "
+            f"the tokenizer has turned them into tokens and back, and {one['originals_read']:.1f} % as they are."
+        )
+        for one in held
+    ]
