@@ -7,11 +7,11 @@ import platform
 import sys
 from pathlib import Path
 
-from benchmarks import augmentation, distillation_step, kd_step, startup, synthesis, teacher_pass
+from benchmarks import alternation, augmentation, distillation_step, kd_step, startup, synthesis, teacher_pass
 from diffrep import _torchvision_compat
 from diffrep.words import table
 
-ROOMS = (startup, teacher_pass, augmentation, distillation_step, synthesis, kd_step)
+ROOMS = (startup, teacher_pass, augmentation, distillation_step, synthesis, kd_step, alternation)
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 
 

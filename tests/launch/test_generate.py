@@ -397,3 +397,11 @@ def test_models_that_cannot_draw_are_refused(model, token_networks, tmp_path):
     with pytest.raises(UserError, match="no tokenizer"):
         api.generate(str(tmp_path / "alone"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_is_part_of_the_settings_and_gives_other_images(model, seven, tmp_path):
+    api.generate(model, tmp_path / "half", {"precision": "bfloat16"}, seeds=range(2))
+    found, known = images(tmp_path / "half"), images(seven)
+    assert found.keys() < known.keys() and all(found[name] != known[name] for name in found)
+    with pytest.raises(UserError, match="other settings"):
+        api.generate(model, tmp_path / "half", seeds=range(2))

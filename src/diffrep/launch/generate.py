@@ -52,6 +52,7 @@ class GenerationConfig(Config):
     by: Literal["addp", "predictor"] = "addp"  # predictor: MAGE's generation, tokens alone
     alternation: AlternationConfig = AlternationConfig()  # steps: 20 (cosine) or 256 (linear), never more than tokens
     rounding: Literal["truncate", "nearest"] = "truncate"  # to 8 bits; official: cut off
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the networks; ids are drawn in float32 in any case
     block_size: int | None = Field(None, ge=1)  # images computed together; None: 1 on a CPU, more on a GPU
     repair: RepairConfig | None = None  # begin with what is visible of an image
 
@@ -146,6 +147,7 @@ class Generation:
             "repair": self.repair.settings() if self.repair else None,
             "alternation": self.alternation.model_dump(mode="json"),
             "rounding": self.config.rounding,
+            "precision": self.config.precision,
             "block_size": self.size,
         }
 
@@ -216,7 +218,9 @@ class Generation:
         if watch and self.repair:
             watch(self.repair.image.expand(len(seeds), -1, -1, -1), mask)
         walk = self._alternate if self.config.by == "addp" else self._mage
-        images = as_uint8(walk(ImageDraws(seeds, self.num_tokens), ids, mask, watch), self.config.rounding).cpu()
+        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            pixels = walk(ImageDraws(seeds, self.num_tokens), ids, mask, watch)
+        images = as_uint8(pixels, self.config.rounding).cpu()
         return self.repair.pasted(images, seeds) if self.repair and self.repair.config.paste else images
 
     def _start(self, seeds: list[int], device: torch.device | str) -> tuple[Tensor, Tensor]:

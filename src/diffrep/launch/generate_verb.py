@@ -39,6 +39,7 @@ def add_generate_verb(app: typer.Typer, perform: Perform) -> None:
         finish: Annotated[
             bool, _option("--finish", help="Reveal the last token too; official: one stays soft.")
         ] = False,
+        precision: Annotated[str | None, _option(help="Of the networks: float32 (default), bfloat16.")] = None,
         rounding: Annotated[str | None, _option(help="To 8 bits: truncate (default, official), nearest.")] = None,
         image: Annotated[
             str | None, _option(metavar="FILE", help="Repair this image: with one of the next three.")
@@ -73,7 +74,7 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a box of other than four numbers, a region without an image.
     """
-    found = {name: given[name] for name in ("by", "rounding", "block_size") if given[name] is not None}
+    found = {name: given[name] for name in ("by", "rounding", "precision", "block_size") if given[name] is not None}
     walk = _set(given, WALK)
     return found | ({"alternation": walk} if walk else {}) | _repair(given)
 

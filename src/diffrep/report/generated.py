@@ -167,6 +167,7 @@ def _facts(found: Found, settings: Mapping[str, Any]) -> list[Block]:
         ("Choice temperature", f"{walk['choice_temperature']:g}, {walk['temperature_strategy']}"),
         ("Top-p", f"{walk['top_p']:g}"),
         ("Last token", "revealed" if walk["finish"] or found["by"] == "predictor" else "stays soft (official)"),
+        ("Precision", settings.get("precision", "float32")),
         ("To 8 bits", {"truncate": "cut off (official)", "nearest": "rounded"}[settings["rounding"]]),
         *((f"Licence of the {part}", text) for part, text in found["licences"].items()),
     ]
