@@ -15,7 +15,6 @@ from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
 from diffrep.launch.generate import GenerateJob, GenerationConfig, close, make_images
 from diffrep.launch.generation_cost import estimate
-from diffrep.report.generated import write_page
 
 BLOCK = 16  # images computed together on a GPU; on a CPU one, so that no neighbour can change a rounding
 
@@ -41,6 +40,8 @@ def generate(
     Raises:
         UserError: the input does not fit, or the folder holds images of another model or other settings.
     """
+    from diffrep.report.generated import write_page  # matplotlib: as long to import as all pages together
+
     job = _job(model, out, settings, seeds)
     torch.set_num_threads(1)
     try:
