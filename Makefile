@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd docs clean
+.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp docs clean
 
 quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about six minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -39,6 +39,10 @@ evidence-dmkd: $(VENV)/.ready  ## the second road: digits with five seeds, sweep
 	$(BIN)/diffrep run dmkd_digits --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-dmkd
 	$(BIN)/diffrep run dmkd_digits_sweeps --record docs/results/data --out runs/evidence-dmkd-sweeps
 	$(BIN)/diffrep run dmkd_cifar10_small --record docs/results/data --out runs/evidence-dmkd-cifar10
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-addp: $(VENV)/.ready  ## the third road on digits, three seeds: about ten minutes of CPU
+	$(BIN)/diffrep run addp_digits --seeds 0,1,2 --record docs/results/data --out runs/evidence-addp
 	$(BIN)/python -m benchmarks.evidence
 
 docs: $(VENV)/.ready  ## the manual, in site/

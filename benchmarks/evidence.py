@@ -155,9 +155,12 @@ def benchmarks_page(found: dict[str, Any]) -> str:
 def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "quickstart.md").write_text(quickstart_page())
-    from benchmarks.evidence_dmkd import dmkd_page  # which builds on this page
+    from benchmarks.evidence_addp import addp_page  # which build on this page
+    from benchmarks.evidence_dmkd import dmkd_page
 
-    (RESULTS / "dmkd.md").write_text(dmkd_page())
+    for name, page in (("dmkd", dmkd_page()), ("addp", addp_page())):
+        if page:
+            (RESULTS / f"{name}.md").write_text(page)
     study = Path("runs/evidence-quickstart")
     if (study / "result.json").exists():
         write_figure(study, Path("docs/figures/quickstart.svg"))
