@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp docs clean
 
-quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about six minutes of CPU, then a report
+quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
 
 test: $(VENV)/.ready  ## everything but the slow tests

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from diffrep.recipes import addp
 from diffrep.recipes.base import Study
 from diffrep.recipes.quickstart import LABELS, quickstart
 from diffrep.report.build import write_figure
@@ -35,7 +36,8 @@ def recorded(study: Study) -> Arms:
 
 def quickstart_page() -> str:
     """The table with spread, then in words what beats what, computed from paired seeds."""
-    arms, names = recorded(quickstart()), quickstart().arms
+    arms = recorded(quickstart())
+    names = {n: words for n, words in quickstart().arms.items() if n not in addp.ARMS}  # these have their own page
     linear, neighbour = f"linear_probe_{LABELS}", f"knn_{LABELS}"
     columns = (
         "arm | linear probe | nearest neighbour | top-1 | steps | images | multiply-adds | CPU s | labels trained on"

@@ -41,8 +41,8 @@ def addp_page() -> str:
             *_reading(arms),
             "",
             "All tokens at once means that each is drawn for itself from what is known of its place: independent "
-            "marginals. That the walk matters is the finding; the way through pixels neither helps nor hurts images "
-            "of digits, and no gain in recognition was seen or is to be expected at 8 pixels.",
+            "marginals. That the walk matters is the finding. The way through pixels gains nothing for images of "
+            "digits (it costs a little), and no gain in recognition was seen or is to be expected at 8 pixels.",
             "",
         ]
     )

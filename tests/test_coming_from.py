@@ -181,7 +181,7 @@ def test_every_row_has_an_answer(page):
         "results.json",
         "cifar1000:data",
         "resnet8x5_cifar",
-        "model",
+        "modell",
     ],
 )
 def test_a_wrong_name_is_found(wrong):

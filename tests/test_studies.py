@@ -17,7 +17,7 @@ import commands
 from diffrep import studies
 from diffrep.errors import RunError, UserError
 from diffrep.evaluation.classify import EvaluateConfig
-from diffrep.recipes import RECIPES, quickstart
+from diffrep.recipes import RECIPES, addp, quickstart
 from diffrep.recipes.base import Study
 from diffrep.recipes.loading import load
 from diffrep.studies import Instance, instances, run_study
@@ -238,8 +238,8 @@ def test_the_shipped_debug_study_runs_side_by_side_and_then_has_nothing_left_to_
     )
     result = json.loads((tmp_path / "study" / "result.json").read_text())
     assert result["arms"].keys() == study.arms.keys()
-    second = set(quickstart.SECOND_ROAD)  # judged by top-1
-    assert all(("top1" if arm in second else study.headline) in found["0"] for arm, found in result["arms"].items())
+    judged = dict.fromkeys(quickstart.SECOND_ROAD, "top1") | dict.fromkeys(addp.ARMS, "frechet")
+    assert all(judged.get(arm, study.headline) in found["0"] for arm, found in result["arms"].items())
     began = time.monotonic()
     again = commands.run(tmp_path, "run", "quickstart_debug", "--record", "record", "--out", "elsewhere")
     assert again.code == 0 and time.monotonic() - began < 20, again.err

@@ -21,7 +21,7 @@ from diffrep.methods.tokenizer import TokenizerConfig
 from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.vqgan import VQGANConfig
 from diffrep.recipes import dmkd
-from diffrep.recipes.base import GenerationTask, Recipe, Study
+from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
@@ -105,24 +105,32 @@ def _made(name: str, model: str, alternation: AlternationConfig, by: Literal["ad
     )  # fmt: skip
 
 
+ARMS = {
+    "alternation": "ADDP: tokens and pixels in turn",
+    "predictor_alone": "MAGE: token predictor alone",
+    "one_step": "ADDP: all tokens at once",
+}
+
+
+def stages() -> dict[str, Stage]:
+    """The three networks, the classifier that judges, and images made in three ways."""
+    drawn = _made("digits_by_addp", "stage:addp", WALK, "addp").model_copy(update={"hole": HOLE})
+    return {
+        **_joined(tokenizer_digits(), token_predictor_digits(), addp_digits_network()),
+        "classifier": dmkd.classifier(),
+        "alternation": drawn,
+        "predictor_alone": _made("digits_by_mage", "stage:token_predictor", WALK, "predictor"),
+        "one_step": _made("digits_at_once", "stage:addp", ONE_STEP, "addp"),
+    }
+
+
 def addp_digits() -> Study:
     """The three networks; images of ADDP and of its rivals, judged in one feature space; a probe of the encoder."""
-    stages = _joined(tokenizer_digits(), token_predictor_digits(), addp_digits_network())
     return Study(
         name="addp_digits",
         about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits, and the images they make.",
-        stages={
-            **stages,
-            "classifier": dmkd.classifier(),
-            "alternation": _made("digits_by_addp", "stage:addp", WALK, "addp").model_copy(update={"hole": HOLE}),
-            "predictor_alone": _made("digits_by_mage", "stage:token_predictor", WALK, "predictor"),
-            "one_step": _made("digits_at_once", "stage:addp", ONE_STEP, "addp"),
-        },
-        arms={
-            "alternation": "ADDP: tokens and pixels in turn",
-            "predictor_alone": "MAGE: token predictor alone",
-            "one_step": "ADDP: all tokens at once",
-        },
+        stages=stages(),
+        arms=ARMS,
         headline="frechet",
         next_commands=("diffrep generate runs/addp_digits/addp-s0 --images 16 --out runs/digits",),
     )

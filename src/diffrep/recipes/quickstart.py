@@ -1,5 +1,5 @@
-"""Two roads as one study: a diffusion model of digits teaches two small networks what it sees, and another draws the
-set on which a classifier teaches a third; with every control beside them.
+"""Three roads as one study: a diffusion model of digits teaches two small networks what it sees, another draws the set
+on which a classifier teaches a third, and ADDP makes digits of tokens; with every control beside them.
 
 docs/results/quickstart.md has the measured table. How the hint is standardised and which share of a policy's batch is
 labelled were chosen on the validation images; the test images were read for the table alone.
@@ -17,7 +17,7 @@ from diffrep.frozen.generator import SamplingConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.models.students import StudentConfig
-from diffrep.recipes import dmkd
+from diffrep.recipes import addp, dmkd
 from diffrep.recipes.base import FeatureTask, Ours, Recipe, Study, SweepTask
 from diffrep.recipes.denoiser import denoiser_digits
 from diffrep.recipes.repfusion import CONV, DIGITS_TIMESTEPS, GREY_HINT, MLP
@@ -37,10 +37,12 @@ SECOND_ROAD = {
 
 
 def quickstart() -> Study:
-    """About six CPU-minutes: train the teacher, sweep it, distil, fine-tune; draw a set, learn from it; compare."""
+    """About nine CPU-minutes: train the teacher, sweep it, distil, fine-tune; draw a set, learn from it; make digits of
+    tokens; compare.
+    """
     return Study(
         name="quickstart",
-        about="Diffusion models of 8x8 digits as teachers, of features and of data: every step and every control.",
+        about="Diffusion on 8x8 digits: models that teach features, that draw data, and that do both with tokens.",
         stages={
             "teacher": denoiser_digits(),
             "sweep": _sweep(),
@@ -49,6 +51,7 @@ def quickstart() -> Study:
             **_students("conv", CONV, steps=800),
             **_students("mlp", MLP, steps=800),
             **SECOND_ROAD,
+            **addp.stages(),
         },
         arms={
             "conv_untrained": "CNN: untrained",
@@ -72,6 +75,7 @@ def quickstart() -> Study:
             "mlp_finetune": "MLP: policy, then fine-tuned",
             "mlp_finetune_best": f"MLP: best t = {BEST}, then fine-tuned",
             **{name: words for name, words in dmkd.ARMS.items() if name in SECOND_ROAD},
+            **addp.ARMS,
         },
         headline=f"linear_probe_{LABELS}",
         ours=Ours(
@@ -110,6 +114,9 @@ def _short(stage: Any) -> Any:
     if stage.kind == "synthesis":
         few = stage.synthesis.model_copy(update={"images": 20, "sampling": SamplingConfig(num_sampling_steps="2")})
         return stage.model_copy(update={"synthesis": few})
+    if stage.kind == "generation":
+        few = stage.alternation.model_copy(update={"steps": 1})
+        return stage.model_copy(update={"alternation": few, "images": 4, "block_size": 4})
     if stage.kind == "probe":
         return stage.model_copy(update={"sweep": stage.sweep.model_copy(update={"timesteps": (BEST,), "draws": 1})})
     return stage
