@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffrep.models.addp_vit import LARGE, MEAN, STD, UNUSED, ADDPVit, ADDPVitConfig, timm_vit
+from diffrep.models.addp_vit import LARGE, MEAN, SMALL, STD, UNUSED, ADDPVit, ADDPVitConfig, timm_vit
 from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig, Vocabulary
 from diffrep.models.vqgan import VQGAN, VQGANConfig
 
@@ -109,6 +109,14 @@ def test_parameters_of_the_released_networks():
     assert len(base.state_dict()) + len(UNUSED) == 267
     dead = 768 * (1 + 2 * 257 + 1) + 768 * 3 * 256 + 768 + 768 * 768 + 768  # tables, mask, patches, pixels
     assert count(teacher) + dead == 146_474_217
+
+
+@torch.no_grad()
+def test_the_small_network_at_another_image_and_patch_size():
+    network = seeded(lambda: ADDPVit(ADDPVitConfig(**SMALL, image_size=48, patch_size=8, num_codes=50)))
+    ids = torch.zeros(1, 36, dtype=torch.int64)
+    assert network.encode(torch.rand(1, 3, 48, 48)).shape == (1, 37, 384)
+    assert network(torch.rand(1, 3, 48, 48), ids, torch.arange(36)[None] < 20).shape == (1, 36, 1051)
 
 
 # What nothing depends on
