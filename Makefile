@@ -12,7 +12,7 @@ quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine
 	$(BIN)/diffrep run quickstart --out runs/quickstart
 
 test: $(VENV)/.ready  ## everything but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -345,17 +345,10 @@ def reproduce(
 
     Returns None in all but the first process of torchrun.
     """
-    from diffrep.evaluation import inception, made
-    from diffrep.frozen.classifier import ClassifierConfig, load_classifier
+    from diffrep.evaluation.generation import ScoreConfig, check_ready
 
     plan = planned(name, **wanted)
-    if features := plan.judging["features"]:  # what scores need has to be there before images are made for hours
-        load_classifier(validate(ClassifierConfig, features, "reproduce --features"))
-    else:
-        inception.need_torch_fidelity()
-        inception.find_weights(plan.judging["inception"])
-    if not inception.is_statistics(plan.reference):
-        made.opened(plan.reference, None)
+    check_ready(plan.reference, validate(ScoreConfig, plan.judging, "reproduce"))
     if dry_run:
         return replace(plan, cost=generation_cost(plan.model, plan.settings, plan.seeds))
     found = generate(converted(plan), plan.out, plan.settings, plan.seeds, jobs, ray)

@@ -18,7 +18,7 @@ from diffrep.data.datasets import DataConfig, Split, load_data
 from diffrep.data.feed import Feed
 from diffrep.data.shards import check_shards, read_manifest
 from diffrep.errors import UserError
-from diffrep.evaluation.generation import score_images
+from diffrep.evaluation.generation import check_ready, score_images
 from diffrep.evaluation.sweep import sweep
 from diffrep.files import locked, read_json, write_atomic, write_json
 from diffrep.frozen.answers import store_settings, write_answers
@@ -27,6 +27,7 @@ from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
 from diffrep.frozen.features import write_features
 from diffrep.launch import generate, generation_cost, held_out
 from diffrep.launch.jobs import Engine, ShardJob, close, here
+from diffrep.launch.repair import boxed
 from diffrep.methods.synthesis import estimate, finish, write_stand_in
 from diffrep.recipes.base import (
     AnswerTask,
@@ -279,6 +280,9 @@ def _generation(task: GenerationTask, allow_code: bool) -> Work:
     job = generate_job(task, Path())
     opened, parts = job.open(), generation_cost.counted(job.open()).values()
     calls, added = (task.images * sum(each) for each in zip(*parts, strict=True))
+    if task.reference is not None:
+        check_ready(task.reference, task.score, allow_code)
+    mend = _mend(task, opened, allow_code)
 
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
         try:
@@ -286,8 +290,7 @@ def _generation(task: GenerationTask, allow_code: bool) -> Work:
         finally:
             generate.close()
         result = {"images": found["images"], "licence": opened.network.licence, "images_seen": calls}
-        result |= {"multiply_adds": added} | _generation_scores(task, run_dir, allow_code)
-        return result | _held_out(task, opened, run_dir, allow_code)
+        return result | {"multiply_adds": added} | _generation_scores(task, run_dir, allow_code) | mend(run_dir)
 
     return work
 
@@ -307,16 +310,23 @@ def _generation_scores(task: GenerationTask, run_dir: Path, allow_code: bool) ->
     return {"scores": {score_key(score.name): score.value for score in found.scores}, "protocol": found.to_json()}
 
 
-def _held_out(task: GenerationTask, opened: generate.Generation, run_dir: Path, allow_code: bool) -> dict[str, Any]:
-    """The reference's test images through the tokenizer, and with a hole mended."""
+def _mend(task: GenerationTask, opened: generate.Generation, allow_code: bool) -> Callable[[Path], dict[str, Any]]:
+    """The reference's test images with a hole mended, and through the tokenizer; what does not fit is refused now."""
     if task.reference is None or task.hole is None:
-        return {}
-    real = load_data(DataConfig(source=task.reference), "test")
-    write_atomic(run_dir / MENDED, held_out.mended(real, opened, task.hole))
-    if task.score.features is None or real.labels is None:
-        return {}
-    judge = load_classifier(task.score.features, allow_code=allow_code)
-    return {"held_out": held_out.read_share(real, opened.tokenizer, judge)}
+        return lambda run_dir: {}
+    region = boxed(task.hole, opened.image_size, "hole")
+    real = load_data(validate(DataConfig, {"source": task.reference}, "reference"), "test")
+    if real.image_size != opened.image_size:
+        raise UserError(f"reference {task.reference}: images are {real.image_size}, the model's {opened.image_size}")
+    judge = load_classifier(task.score.features, allow_code=allow_code) if task.score.features else None
+
+    def work(run_dir: Path) -> dict[str, Any]:
+        write_atomic(run_dir / MENDED, held_out.mended(real, opened, region))
+        if judge is None or real.labels is None:
+            return {}
+        return {"held_out": held_out.read_share(real, opened.tokenizer, judge)}
+
+    return work
 
 
 def score_key(name: str) -> str:

@@ -34,15 +34,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def model(token_networks, tmp_path_factory):
-    """A folder with all three networks, untrained: images of 8 pixels, 16 tokens."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(token_networks, folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        network = ADDPVit(ADDPVitConfig(**SMALL, num_codes=11, image_size=8, patch_size=2))
-    write_network(folder, "addp", network, "tiny", "MIT")
-    return str(folder)
+def model(token_model):
+    return str(token_model)
 
 
 @pytest.fixture(scope="module")

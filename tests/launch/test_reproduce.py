@@ -5,7 +5,6 @@ import shutil
 
 import commands
 import pytest
-import torch
 
 from diffrep import api
 from diffrep.assets import ASSETS
@@ -15,25 +14,17 @@ from diffrep.evaluation.protocols import Protocol, Score, Scores
 from diffrep.files import write_json
 from diffrep.frozen.classifier import ClassifierConfig, load_classifier
 from diffrep.frozen.token_files import convert
-from diffrep.frozen.tokens import LICENCES, write_network
+from diffrep.frozen.tokens import LICENCES
 from diffrep.launch.reproduce import Reproduced, planned
 from diffrep.models.addp_files import RELEASED
-from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
 
 SMALL = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2, "init_std": 0.5}
 PUBLISHED = {"addp-base": {"FID": 8.9, "IS": 95.3}, "addp-large": {"FID": 7.6, "IS": 105.1}}  # ADDP README
 
 
 @pytest.fixture(scope="module")
-def tiny(token_networks, tmp_path_factory):
-    """A folder with all three networks, untrained: images of 8 pixels, 16 tokens."""
-    folder = tmp_path_factory.mktemp("reproduce") / "tiny"
-    shutil.copytree(token_networks, folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        network = ADDPVit(ADDPVitConfig(**SMALL, num_codes=11, image_size=8, patch_size=2))
-    write_network(folder, "addp", network, "tiny", "MIT")
-    return folder
+def tiny(token_model):
+    return token_model
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,18 @@ def score_images(
     return _against_images(config, network, ours, theirs, see)
 
 
+def check_ready(reference: str, config: ScoreConfig, allow_code: bool = False) -> None:
+    """Refuse now what would only fail after images were made for hours: no reference, no judge, no weights."""
+    if config.features is None or config.precision_recall:
+        inception.need_torch_fidelity()
+    if config.features is None:
+        inception.find_weights(config.inception)
+    else:
+        load_classifier(config.features, allow_code=allow_code)
+    if not inception.is_statistics(reference):
+        opened(reference, config.image_size)
+
+
 def _enough(found: Opened, least: int) -> Opened:
     if len(found.images) < least:
         why = "a score needs 2 images" if least == 2 else f"precision and recall need {least} images"

@@ -17,6 +17,7 @@ from diffrep.errors import UserError
 from diffrep.frozen import classifier_sources as sources
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.files import foreign_factory
+from diffrep.models.students import unreserved
 from diffrep.randomness import seeded
 
 Triple = tuple[float, float, float]
@@ -37,10 +38,7 @@ class ClassifierConfig(Config):
     @field_validator("options")
     @classmethod
     def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
-        reserved = {"num_classes", "pretrained", "checkpoint_path"} & options.keys()
-        if reserved:
-            raise ValueError(f"{', '.join(sorted(reserved))} is set by the run, not by options")
-        return options
+        return unreserved(options)
 
     @field_validator("std")
     @classmethod

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.data.datasets import ImageSet
-from diffrep.diffusion.masking import ImageDraws, masked_after
+from diffrep.diffusion.masking import ImageDraws
 from diffrep.frozen.classifier import ClassifierTeacher
 from diffrep.frozen.generator import grid_png
 from diffrep.frozen.tokens import FrozenADDP, Tokenizer
@@ -41,17 +41,13 @@ def read_share(real: ImageSet, tokenizer: Tokenizer, classifier: ClassifierTeach
 
 
 @torch.no_grad()
-def mended(real: ImageSet, generation: Generation, box: tuple[int, int, int, int]) -> bytes:
-    """One PNG of three rows: the first images, the same with a hole, and what the network puts there."""
-    assert isinstance(generation.network, FrozenADDP)
+def mended(real: ImageSet, generation: Generation, region: Tensor) -> bytes:
+    """One PNG of three rows: the first images, the same with a hole, and what ADDP puts there; region (H, W) bool."""
+    assert isinstance(generation.network, FrozenADDP)  # the recipe refuses another
     images, tokenizer = _all(real, SHOWN), generation.tokenizer
-    x0, y0, x1, y1 = box
-    region = torch.zeros(images.shape[-2:], dtype=torch.bool)
-    region[y0:y1, x0:x1] = True
     mask = touched(region, generation.grid, tokenizer.stride).expand(len(images), -1)
-    masked = int(mask[0].sum())
-    walk = generation.alternation.model_copy(update={"steps": min(generation.alternation.steps, masked)})
-    assert masked_after(walk, masked)
+    steps = min(generation.alternation.steps, int(mask[0].sum()))
+    walk = generation.alternation.model_copy(update={"steps": steps})
     draws = ImageDraws(list(range(len(images))), generation.num_tokens)
     filled = alternate(generation.network.module, tokenizer, walk, draws, tokenizer.encode(images), mask)
     after = as_uint8(filled, generation.config.rounding).float() / 255

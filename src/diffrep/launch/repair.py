@@ -68,17 +68,9 @@ class Repair:
     def _region(self) -> Tensor | None:
         if self.config.ratio is not None:
             return None
-        region = self._boxed(self.config.box) if self.config.box else self._drawn(self.config.mask or "")
+        box = self.config.box
+        region = boxed(box, self.size, "--box") if box else self._drawn(self.config.mask or "")
         return ~region if self.config.outside else region
-
-    def _boxed(self, box: tuple[int, int, int, int]) -> Tensor:
-        (x0, y0, x1, y1), (height, width) = box, self.size
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            shown = ",".join(map(str, box))
-            raise UserError(f"--box {shown}: X0,Y0,X1,Y1 must lie in 0,0,{width},{height}, with X0 < X1 and Y0 < Y1")
-        region = torch.zeros(self.size, dtype=torch.bool)
-        region[y0:y1, x0:x1] = True
-        return region
 
     def _drawn(self, path: str) -> Tensor:
         mask = read_image(path, "--mask")
@@ -122,6 +114,21 @@ class Repair:
         found = {"image": _sha256(self.image.numpy()), "paste": self.config.paste, "tokens": self.count}
         which = {"ratio": self.config.ratio} if self.region is None else {"region": _sha256(self.region.numpy())}
         return found | which
+
+
+def boxed(box: tuple[int, int, int, int], size: tuple[int, int], name: str) -> Tensor:
+    """X0, Y0, X1, Y1 -> (H, W) bool.
+
+    Raises:
+        UserError: a box that does not fit; ``name`` is what the user called it.
+    """
+    (x0, y0, x1, y1), (height, width) = box, size
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        shown = ",".join(map(str, box))
+        raise UserError(f"{name} {shown}: X0,Y0,X1,Y1 must lie in 0,0,{width},{height}, with X0 < X1 and Y0 < Y1")
+    region = torch.zeros(size, dtype=torch.bool)
+    region[y0:y1, x0:x1] = True
+    return region
 
 
 def touched(region: Tensor, grid: tuple[int, int], stride: int) -> Tensor:

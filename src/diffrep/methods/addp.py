@@ -74,7 +74,8 @@ class ADDP(Method):
         self.predictor = load_predictor(config.token_predictor, self.tokenizer)
         shape = {"image_size": image_size, "patch_size": self.tokenizer.stride, "num_codes": self.tokenizer.num_codes}
         self.network = ADDPVit(config_of(config.network, shape))
-        self.licence = self.tokenizer.licence
+        frozen = (self.tokenizer, self.predictor)
+        self.licence = "; ".join([Method.licence, *(f"taught by {one.name} ({one.licence})" for one in frozen)])
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         ids = self.tokenizer.encode(batch.images)  # z_0

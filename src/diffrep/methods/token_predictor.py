@@ -60,6 +60,7 @@ class TokenPredictorMethod(Method):
         super().__init__()
         self.config, self.tokenizer = config, load_tokenizer(config.tokenizer)
         self.image_size = image_size
+        self.licence = f"{Method.licence}; of the ids of {self.tokenizer.name} ({self.tokenizer.licence})"
         height, width = self.tokenizer.grid(torch.empty(1, 3, image_size, image_size, device="meta"))
         shape = {"num_codes": self.tokenizer.num_codes, "num_tokens": height * width}
         self.network = TokenPredictor(TokenPredictorConfig(**config.network.model_dump(), **shape))

@@ -8,7 +8,6 @@ Letters: B images, L tokens, D width, K codes, V = K + 1001 rows of the vocabula
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
@@ -173,10 +172,3 @@ def predictor_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """All fields but heads of the :class:`TokenPredictorConfig` behind a state dict."""
     rows, tokens = len(state["token_emb.word_embeddings.weight"]), state["decoder_pos_embed_learned"].shape[1] - 1
     return transformer_fields(state) | {"num_codes": rows - CLASS_ROWS - 1, "num_tokens": tokens}
-
-
-def grid_of(num_tokens: int) -> tuple[int, int]:
-    """(h, w) of a square grid of L tokens."""
-    side = math.isqrt(num_tokens)
-    assert side * side == num_tokens, num_tokens
-    return side, side

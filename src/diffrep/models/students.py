@@ -24,6 +24,14 @@ from diffrep.errors import UserError, nearest
 from diffrep.models import cifar
 
 
+def unreserved(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a network, without those that are not theirs to set; the check of every config that has some."""
+    reserved = {"num_classes", "pretrained", "checkpoint_path"} & options.keys()
+    if reserved:
+        raise ValueError(f"{', '.join(sorted(reserved))} is set by the run, not by options")
+    return options
+
+
 class StudentConfig(Config):
     """Which network is trained, and how it sees an image."""
 
@@ -36,10 +44,7 @@ class StudentConfig(Config):
     @field_validator("options")
     @classmethod
     def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
-        reserved = {"num_classes", "pretrained", "checkpoint_path"} & options.keys()
-        if reserved:
-            raise ValueError(f"{', '.join(sorted(reserved))} is set by the run, not by options")
-        return options
+        return unreserved(options)
 
     @field_validator("mean", "std")
     @classmethod

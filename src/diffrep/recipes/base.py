@@ -186,6 +186,12 @@ class GenerationTask(Task):
     score: ScoreConfig = ScoreConfig()
     hole: tuple[int, int, int, int] | None = None  # X0, Y0, X1, Y1: also mend this box of the reference's test images
 
+    @model_validator(mode="after")
+    def _fits(self) -> GenerationTask:
+        if self.hole is not None and (self.by != "addp" or self.reference is None):
+            raise ValueError("hole mends test images of the reference with ADDP: give reference, and by 'addp'")
+        return self
+
 
 Stage = Annotated[
     Recipe | FeatureTask | SweepTask | SynthesisTask | AnswerTask | GenerationTask, Field(discriminator="kind")
