@@ -1,21 +1,33 @@
 """ADDP's generation at its base size and 256 pixels, random weights, against a plain write-up of the same computation.
 
-The rival computes in the official order with hand-written attention, contiguous float32, nothing left out. Timed is
-one step in the middle of a walk of 20, network and pixel decode; what a walk leaves out altogether is counted.
+The rival computes in the official order with hand-written attention, contiguous float32, nothing left out: it encodes
+an image that nothing depends on, looks at it in every step, and decodes in every step. Timed are one step in the
+middle of a walk of 20 and whole walks; memory is the peak of a process that does nothing else.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import line, rivals
-from diffrep.diffusion.masking import AlternationConfig, masked_after
+from benchmarks.timing import cpu_seconds, line, rivals
+from diffrep.counting import multiply_adds, on_meta
+from diffrep.diffusion.masking import (
+    AlternationConfig,
+    ImageDraws,
+    choice_temperature,
+    confidence,
+    lowest,
+    masked_after,
+)
 from diffrep.frozen.tokens import Tokenizer
-from diffrep.methods.addp import first_step, predicted
+from diffrep.launch.generation_cost import decoder_multiply_adds, encoder_multiply_adds
+from diffrep.methods.addp import alternate, first_step, predicted
 from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
 from diffrep.models.vqgan import VQGAN, VQGANConfig
 from diffrep.randomness import seeded
@@ -23,34 +35,110 @@ from diffrep.randomness import seeded
 MASKED = 182  # of 256 tokens: what a step in the middle of a walk of 20 meets
 
 
-def measure() -> list[dict[str, Any]]:
-    """One step in both precisions; then the steps of a whole walk that are computed, counted."""
-    with seeded(0, "bench"):
-        network, tokenizer = ADDPVit(ADDPVitConfig()).eval(), Tokenizer(VQGAN(VQGANConfig()), "random")
-    pixels, ids = torch.rand(1, 3, 256, 256), torch.randint(0, 1024, (1, 256))
-    mask = torch.arange(256)[None] < MASKED
-    latents = tokenizer.lookup(ids)
+PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16 networks, ids drawn in float32"}
+RIVAL = "plain eager float32"
+CONFIG = AlternationConfig()
 
-    @torch.no_grad()
+
+def measure() -> list[dict[str, Any]]:
+    """One step, then a walk of 20, in both precisions; memory; what is left out, counted."""
+    return [*_steps(), *_walks(), *_memory(), *_counts()]
+
+
+def _networks() -> tuple[ADDPVit, Tokenizer]:
+    with seeded(0, "bench"):
+        return ADDPVit(ADDPVitConfig()).eval(), Tokenizer(VQGAN(VQGANConfig()), "random")
+
+
+@torch.no_grad()
+def _steps() -> list[dict[str, Any]]:
+    network, tokenizer = _networks()
+    pixels, ids = torch.rand(1, 3, 256, 256), torch.randint(0, 1024, (1, 256))
+    mask, latents = torch.arange(256)[None] < MASKED, tokenizer.lookup(ids)
+
     def step(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             predicted(network, pixels, ids, mask)
             tokenizer.decode(latents, (16, 16))
 
-    @torch.no_grad()
     def plain() -> None:
         _plain_step(network, pixels, ids, mask)
         tokenizer.decode(latents, (16, 16))
 
-    unit, name, rival = "CPU s per step", "a step of ADDP-base at 256 pixels", "plain eager float32"
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, words in PRECISIONS.items():
         mine, theirs = rivals(lambda dtype=dtype: step(dtype), plain, repeats=3)
-        words = {torch.float32: "float32", torch.bfloat16: "bfloat16 networks, ids drawn in float32"}[dtype]
-        found.append(line(f"{name}, {words}", rival, mine, theirs, unit=unit))
-    config = AlternationConfig()
-    computed = config.steps - first_step(masked_after(config, 256), 256)
-    return [*found, line("pixel decodes of a walk of 20", "official order", computed, config.steps, unit="per image")]
+        name = f"a step of ADDP-base at 256 pixels, {words}"
+        found.append(line(name, RIVAL, mine, theirs, unit="CPU s per step"))
+    return found
+
+
+def _walks() -> list[dict[str, Any]]:
+    parts = _networks()
+    runs = [lambda: _plain_walk(*parts), *(lambda dtype=dtype: _walk(*parts, dtype) for dtype in PRECISIONS)]
+    theirs, *ours = (min(times) for times in zip(*[map(cpu_seconds, runs) for _ in range(2)], strict=True))
+    name = f"an image of ADDP-base at 256 pixels in {CONFIG.steps} steps"
+    words = PRECISIONS.values()
+    return [line(f"{name}, {w}", RIVAL, mine, theirs, unit="CPU s") for w, mine in zip(words, ours, strict=True)]
+
+
+def _memory() -> list[dict[str, Any]]:
+    """Each in a process of its own; a walk of two steps holds as much as one of twenty."""
+    theirs = _alone("plain")
+    named = {words: _alone(words) for words in PRECISIONS.values()}
+    return [line(f"peak memory of generation, {w}", RIVAL, m, theirs, unit="GB") for w, m in named.items()]
+
+
+def _counts() -> list[dict[str, Any]]:
+    """Multiply-adds of a walk by torch's counter: all of the official order, and what is computed here."""
+    (network, tokenizer), counts = _networks(), masked_after(CONFIG, 256)
+    first, before = first_step(counts, 256), [256, *counts[:-1]]
+    decode = multiply_adds(on_meta(tokenizer.module.decoder, torch.zeros(1, 256, 16, 16)))
+    encode = multiply_adds(on_meta(tokenizer.module.encoder, torch.zeros(1, 3, 256, 256)))
+    answers = [decoder_multiply_adds(network, 256 - masked) for masked in before]
+    looks, blank = encoder_multiply_adds(network), sum(masked == 256 for masked in before)
+    official = encode + CONFIG.steps * (looks + decode) + sum(answers)
+    ours = (CONFIG.steps - blank) * looks + (CONFIG.steps - first) * decode + answers[0] + sum(answers[blank:])
+    name = f"multiply-adds of an image in {CONFIG.steps} steps"
+    return [line(name, "official order", ours / 1e9, official / 1e9, unit="G")]
+
+
+@torch.no_grad()
+def _walk(network: ADDPVit, tokenizer: Tokenizer, dtype: torch.dtype, config: AlternationConfig = CONFIG) -> Tensor:
+    ids, mask = torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 256, dtype=torch.bool)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return alternate(network, tokenizer, config, ImageDraws([0], 256), ids, mask)
+
+
+@torch.no_grad()
+def _plain_walk(network: ADDPVit, tokenizer: Tokenizer, config: AlternationConfig = CONFIG) -> Tensor:
+    """The official order of work: encode, then look, answer, draw, choose and decode in every step."""
+    draws, pixels = ImageDraws([0], 256), torch.zeros(1, 3, 256, 256)
+    ids, mask = tokenizer.encode(pixels), torch.ones(1, 256, dtype=torch.bool)
+    for step, count in enumerate(masked_after(config, 256)):
+        probabilities = _plain_step(network, pixels, ids, mask)
+        ids = torch.where(mask, draws.ids(step, probabilities), ids)
+        noise = choice_temperature(config, step) * draws.gumbel(step)
+        mask = lowest(confidence(probabilities, ids, mask, noise), count)
+        latents = torch.where(mask[..., None], tokenizer.soft(probabilities), tokenizer.lookup(ids))
+        pixels = tokenizer.decode(latents, (16, 16))
+    return pixels
+
+
+def _alone(what: str) -> float:
+    """Peak resident GB of a process that makes an image in two steps."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (what,))
+
+
+def _peak(what: str) -> float:
+    torch.set_num_threads(1)
+    parts, short = _networks(), CONFIG.model_copy(update={"steps": 2})
+    if what == "plain":
+        _plain_walk(*parts, short)
+    else:
+        _walk(*parts, next(d for d, words in PRECISIONS.items() if words == what), short)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _plain_step(network: ADDPVit, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ def rivals(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = RE
     """CPU seconds of both, warmed up once, then in turn, so that a drifting machine touches both alike."""
     torch.set_num_threads(1)
     ours(), theirs()
-    times = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    times = [(cpu_seconds(ours), cpu_seconds(theirs)) for _ in range(repeats)]
     return min(t[0] for t in times), min(t[1] for t in times)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    """Of this process, for one run."""
     began = time.process_time()
     run()
     return time.process_time() - began
