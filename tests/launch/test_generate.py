@@ -117,6 +117,12 @@ def test_torchrun_with_two(model, seven, tmp_path):
     assert images(tmp_path / "two") == images(seven)
 
 
+def test_ray(model, seven, tmp_path):
+    done = commands.run(tmp_path, "generate", model, "--out", "two", "--images", 7, "--ray", "local")
+    assert done.code == 0 and done.out.count("licence") == 1, done.err
+    assert images(tmp_path / "two") == images(seven)
+
+
 def test_a_killed_command_goes_on(model, seven, tmp_path):
     out = tmp_path / "out"
     command = commands.Command(tmp_path, "generate", model, "--out", "out", "--images", 200)
