@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import line, rivals
-from diffrep.frozen.diffusion import load_teacher
+from diffrep.frozen.teachers import load_teacher
 
 TAPS = ("mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2")
 

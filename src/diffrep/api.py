@@ -19,8 +19,8 @@ from diffrep.errors import RunError, UserError
 from diffrep.evaluation.protocols import Scores
 from diffrep.evaluation.tokenize import tokenize
 from diffrep.files import short_hash
-from diffrep.frozen.diffusion import load_teacher
-from diffrep.frozen.token_files import convert
+from diffrep.frozen.conversion import convert
+from diffrep.frozen.teachers import load_teacher
 from diffrep.generation import generate, generation_cost
 from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
@@ -172,18 +172,24 @@ def features(
 
 
 def probe(
-    teacher: str, data: dict[str, Any], settings: dict[str, Any], out: str | Path, allow_code: bool = False
-) -> dict[str, Any]:
-    """Probe a teacher at taps and timesteps; the rows are in ``rows``.
+    teacher: str, data: dict[str, Any], settings: dict[str, Any], out: str | Path, allow_code: bool = False,
+    seed: int = 0, dry_run: bool = False, say: stages.Say = lambda found: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Probe a teacher at taps and noise levels, or search for the best pair; goes on where it stopped.
 
     Args:
-        data: the fields of a ``DataConfig``.
-        settings: the fields of a ``SweepConfig``: taps, timesteps, pool, labels, draws.
+        data: the fields of a ``DataConfig``. settings: those of a ``SweepConfig``: taps, sigmas, pool, labels, ...
+        say: told, before the first image, how many passes there will be. dry_run: return what it will take.
+
+    Returns:
+        ``rows``, ``best`` and, as words for --set, ``overrides``; of a search its rungs and cost in ``search``.
     """
-    values = {"name": "probe", "teacher": teacher, "data": data, "sweep": settings}
+    values = {"name": "probe", "teacher": teacher, "data": data, "sweep": settings, "seed": seed}
     task = validate(SweepTask, values, "probe")
+    if dry_run:
+        return stages.probe_cost(task, allow_code)
     with wish_to_stop() as stop, progress("probe") as told:
-        return run_task(task, Path(out), stop, told, allow_code)
+        return stages.probe(task, Path(out), stop, told, allow_code, say) | {"out": str(out)}
 
 
 def synthesize(

@@ -14,12 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from diffrep import __version__
+from diffrep.data.assets_verb import add_assets_verbs
 from diffrep.errors import DiffrepError
 from diffrep.evaluation.options import score_verb
 from diffrep.launch.generate_verb import add_generate_verb
 from diffrep.launch.options import synthesize_verb, with_partition
 from diffrep.launch.parsing import integers as _integers
 from diffrep.launch.parsing import numbers as _numbers
+from diffrep.launch.probe_verb import add_probe_verb, probe_rows
 from diffrep.launch.reproduce_verb import add_reproduce_verb
 from diffrep.launch.token_verbs import add_token_verbs
 
@@ -134,31 +136,17 @@ def features(
     _print(json.dumps(result, indent=2) if as_json else words.features(result, out))
 
 
-@app.command()
-def probe(
-    teacher: Annotated[str, typer.Argument(help="Diffusers folder, Hub id, run folder, python:module:factory.")],
-    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
-    taps: Annotated[str, typer.Option(help="Dotted names, comma-separated.")] = "mid_block",
-    timesteps: str = "0,50,100,200,400,800",
-    pool: Annotated[int, typer.Option(min=1, help="Cells per side.")] = 1,
-    labels: Annotated[int | None, typer.Option(min=1, help="Labelled images per draw; default all.")] = None,
-    draws: Annotated[int, typer.Option(min=1)] = 5,
-    image_size: ImageSize = None,
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("probe"),
-    allow_code: AllowCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Which tap, which timestep: linear-probe accuracy of a teacher's features, with spread over label draws.
-
-    Example: diffrep probe runs/my_teacher --data digits --taps mid_block,up_blocks.1 --pool 2 --labels 50
-    """
+def _probe(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     _one_thread(1)
     from diffrep import api, words
 
-    settings = {"taps": taps.split(","), "timesteps": _integers(timesteps, "--timesteps"), "pool": pool}
-    settings |= {"labels": labels, "draws": draws}
-    result = api.probe(teacher, {"source": data, "image_size": image_size}, settings, out, allow_code)
-    _print(json.dumps(result["rows"], indent=2) if as_json else words.sweep(result))
+    found = api.probe(**given, dry_run=dry_run, say=lambda plan: _say(words.probe_begins(plan)))
+    if dry_run:
+        return _show("probe_cost", found, as_json)
+    _print(json.dumps(probe_rows(found), indent=2) if as_json else words.probe(found))
+
+
+add_probe_verb(app, _probe)
 
 
 def _synthesize(given: dict[str, Any]) -> None:
@@ -185,11 +173,16 @@ app.command()(synthesize_verb(_synthesize))
 
 def _perform(verb: str, given: dict[str, Any], as_json: bool) -> None:
     _one_thread(1)
-    from diffrep import api, words
+    from diffrep import api
 
-    found = getattr(api, verb)(**given)
-    if found:  # the other processes of torchrun say nothing
-        _print(json.dumps(found, indent=2) if as_json else getattr(words, verb)(found))
+    if found := getattr(api, verb)(**given):  # the other processes of torchrun say nothing
+        _show(verb, found, as_json)
+
+
+def _show(verb: str, found: Any, as_json: bool) -> None:
+    from diffrep import words
+
+    _print(json.dumps(found, indent=2) if as_json else getattr(words, verb)(found))
 
 
 add_token_verbs(app, _perform)
@@ -266,16 +259,7 @@ def doctor(as_json: AsJson = False) -> None:
     _print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 
-@app.command()
-def assets(as_json: AsJson = False) -> None:
-    """Published weights that recipes name, with their licences.
-
-    Example: diffrep assets
-    """
-    from diffrep import words
-    from diffrep.assets import ASSETS
-
-    _print(json.dumps([vars(a) for a in ASSETS.values()], indent=2) if as_json else words.assets(list(ASSETS.values())))
+add_assets_verbs(app, _show)
 
 
 @data_app.command("check")

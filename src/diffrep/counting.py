@@ -1,12 +1,15 @@
-"""Multiply-adds of a computation, by torch's own counter, without computing anything (meta tensors)."""
+"""What a computation takes, multiply-adds and memory, without computing anything (meta tensors)."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -23,3 +26,37 @@ def on_meta(network: nn.Module, *inputs: Any, **named: Any) -> Callable[[], Any]
     meta = [i.to("meta") if isinstance(i, torch.Tensor) else i for i in inputs]
     kwargs = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in named.items()}
     return lambda: torch.func.functional_call(network, state, tuple(meta), kwargs)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes of tensors that ``run()`` makes and holds at once; a library's own work space is not seen."""
+    with _Living() as living:
+        run()
+    return living.peak
+
+
+class _Living(TorchDispatchMode):
+    """Watches every storage from the operation that makes it until nobody holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                self._note(tensor.untyped_storage())
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.now -= size

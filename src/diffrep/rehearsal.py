@@ -22,8 +22,9 @@ from diffrep.data.transforms import augmentation
 from diffrep.files import write_json
 from diffrep.frozen import answers, stores
 from diffrep.frozen.classifier import load_classifier
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
+from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
+from diffrep.frozen.teachers import load_teacher
 from diffrep.launch import generation_cost
 from diffrep.recipes.base import (
     AnswerTask,

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from diffrep import assemble
 from diffrep.config import validate
 from diffrep.console import Report
-from diffrep.data.datasets import DataConfig, Split, load_data
+from diffrep.data.datasets import DataConfig, ImageSet, Split, load_data
 from diffrep.data.feed import Feed
 from diffrep.data.shards import check_shards, read_manifest
 from diffrep.errors import UserError
 from diffrep.evaluation.generation import check_ready, score_images
-from diffrep.evaluation.sweep import sweep
+from diffrep.evaluation.kept import Kept
+from diffrep.evaluation.probing import Probe, best_recipe
 from diffrep.files import locked, read_json, write_atomic, write_json
 from diffrep.frozen.answers import store_settings, write_answers
 from diffrep.frozen.classifier import load_classifier
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
+from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import write_features
+from diffrep.frozen.teachers import load_teacher
 from diffrep.launch import generate, generation_cost, held_out
 from diffrep.launch.jobs import Engine, ShardJob, close, here
 from diffrep.launch.repair import boxed
@@ -42,7 +45,8 @@ from diffrep.recipes.base import (
 )
 from diffrep.training.run import RunDir
 
-SWEEP, COST, MENDED = "sweep.json", "cost.json", "mended.png"
+SWEEP, LEVELS, BEST = "sweep.json", "levels.json", "best.yaml"  # of a probe
+COST, MENDED = "cost.json", "mended.png"
 
 
 def run_task(
@@ -55,6 +59,16 @@ def run_task(
     """Run any task in its folder; a finished one returns its result at once."""
     if isinstance(task, Recipe):
         return assemble.train(task, run_dir, stop, progress, allow_code)
+    return _once(task, run_dir, lambda: PREPARED[task.kind](task, allow_code), progress, stop)
+
+
+Stop = Callable[[], bool]
+Work = Callable[[Path, Report, Stop], dict[str, Any]]  # what is left once everything was loaded
+Say = Callable[[dict[str, Any]], None]
+
+
+def _once(task: Task, run_dir: Path, prepare: Callable[[], Work], progress: Report, stop: Stop) -> dict[str, Any]:
+    """The result of a folder that is finished, else of the work that ``prepare`` loads."""
     run = RunDir(run_dir)
     found = run.result()
     is_mine = found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed)
@@ -62,12 +76,7 @@ def run_task(
         return found
     run.check(to_yaml(task))
     began = time.process_time()
-    return _recorded(task, run, PREPARED[task.kind](task, allow_code), progress, stop, began)
-
-
-Stop = Callable[[], bool]
-Work = Callable[[Path, Report, Stop], dict[str, Any]]  # what is left once everything was loaded
-Say = Callable[[dict[str, Any]], None]
+    return _recorded(task, run, prepare(), progress, stop, began)
 
 
 def _recorded(task: Task, run: RunDir, work: Work, progress: Report, stop: Stop, began: float) -> dict[str, Any]:
@@ -244,20 +253,55 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _sweep(task: SweepTask, allow_code: bool) -> Work:
-    teacher = _checked_teacher(task.teacher, task.sweep.taps, task.sweep.timesteps, allow_code)
-    train, held_out = load_data(task.data, "train"), load_data(task.data, task.sweep.split)
-    teacher.check_size(*train.image_size)
+def _sweep(task: SweepTask, allow_code: bool, say: Say = lambda found: None) -> Work:
+    made, train, held_out = opened_probe(task, allow_code)
 
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
-        rows = sweep(teacher, train, held_out, task.sweep, task.seed, assemble.default_device(), progress, stop)
-        write_json(run_dir / SWEEP, rows)
-        passes = (len(train) + len(held_out)) * len(task.sweep.timesteps)
-        labels = {"probe": task.sweep.labels or len(train)}
-        best = max(rows[1:], key=lambda row: row["mean"])
-        return {"rows": rows, "best": best, "labels_seen": labels, **_about(teacher, task.sweep.taps, passes)}
+        hashes = {
+            "teacher": made.teacher.sha256,
+            "training set": train.fingerprint,
+            "held-out set": held_out.fingerprint,
+        }
+        say(made.planned())
+        found = made.run(Kept(run_dir / LEVELS, hashes), progress, stop)
+        write_json(run_dir / SWEEP, found["rows"])
+        pair = yaml.safe_dump(best_recipe(found["best"], task.sweep), sort_keys=False)
+        write_atomic(run_dir / BEST, f"# To be laid on a recipe of RepFusion: put a line 'base: RECIPE' above.\n{pair}")
+        return found
 
     return work
+
+
+def opened_probe(task: SweepTask, allow_code: bool) -> tuple[Probe, ImageSet, ImageSet]:
+    """The probe, everything checked, and the images it is made on."""
+    if task.sweep.control and task.teacher.startswith("random:"):
+        raise UserError(f"probe: {task.teacher} is untrained itself; leave the control out")
+    teacher = load_teacher(task.teacher, allow_code)
+    train, held_out = load_data(task.data, "train"), load_data(task.data, task.sweep.split)
+    untrained = load_teacher(f"random:{task.teacher}", allow_code) if task.sweep.control else None
+    made = Probe(teacher, train, held_out, task.sweep, task.seed, assemble.default_device(), untrained)
+    return made, train, held_out
+
+
+def probe_cost(task: SweepTask, allow_code: bool = False) -> dict[str, Any]:
+    """What a probe will take, counted, and timed on one block; nothing is written."""
+    return opened_probe(task, allow_code)[0].cost() | {"memory_bytes": assemble.peak_memory()}
+
+
+def probe(
+    task: SweepTask,
+    run_dir: Path,
+    stop: Stop,
+    progress: Report,
+    allow_code: bool = False,
+    say: Say = lambda found: None,
+) -> dict[str, Any]:
+    """Probe a teacher in its folder; a finished one returns its result at once.
+
+    Args:
+        say: told, before the first image, how many passes there will be.
+    """
+    return _once(task, run_dir, lambda: _sweep(task, allow_code, say), progress, stop)
 
 
 def _checked_teacher(

@@ -85,6 +85,44 @@ def read(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dic
     return features
 
 
+def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> None:
+    """Put a placeholder, which cannot be called, for every part of ``network`` that ``run()`` does not call.
+
+    A part whose weights are used without a call would be missed: then all parts come back, and the error is raised.
+    """
+    reached: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _inputs: reached.add(module)) for m in network.modules()]
+    try:
+        run()
+    finally:
+        _release(handles)
+    dropped = [(parent, name, part) for parent, name, part in _unreached(network, reached)]
+    for parent, name, _ in dropped:
+        setattr(parent, name, _Dropped())
+    try:
+        run()
+    except AttributeError:
+        for parent, name, part in dropped:
+            setattr(parent, name, part)
+        raise
+
+
+def _unreached(network: nn.Module, reached: set[nn.Module]) -> Iterable[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, part) of the largest parts that were not called; a list of parts is looked into."""
+    for name, part in network.named_children():
+        if part in reached or any(inner in reached for inner in part.modules()):
+            yield from _unreached(part, reached)
+        elif next(part.parameters(), None) is not None:
+            yield network, name, part
+
+
+class _Dropped(nn.Module):
+    """Stands where a part was that nobody reads."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        raise RuntimeError("this part of the network was let go: only taps before it can be read")
+
+
 def _first_tensor(output: Any) -> Any:
     """Blocks that return (hidden, skips) mean the first."""
     while isinstance(output, tuple | list) and output:

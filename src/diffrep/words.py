@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffrep.assets import Asset
 from diffrep.console import counts, duration
 from diffrep.taps import Tap
 
@@ -155,20 +154,106 @@ def synthesis_cost(found: dict[str, Any]) -> str:
     )
 
 
-def sweep(found: dict[str, Any]) -> str:
-    rows = [
-        [r["tap"], "-" if r["timestep"] is None else r["timestep"], f"{r['mean']:.1f} ± {r['sd']:.1f}"]
-        for r in found["rows"]
-    ]
+def probe(found: dict[str, Any]) -> str:
+    """A grid's rows or a search's rungs, the best pair, and how to go on with it."""
+    lines = _searched(found["search"]) if "search" in found else _swept(found)
     best = found["best"]
-    return (
-        table(["tap", "t", "accuracy %"], rows)
-        + f"\nbest: {best['tap']} at t = {best['timestep']}: {best['mean']:.1f} %"
+    words = " ".join(f"--set '{word}'" if "[" in word else f"--set {word}" for word in found["overrides"])
+    return "\n".join(
+        [
+            *lines,
+            f"best: {best['tap']} at {_level_words(best)}: {best['mean']:.1f} %",
+            f"for a recipe: {words}",
+            f"as a file, under a line 'base: RECIPE': {found['out']}/best.yaml",
+        ]
     )
 
 
-def assets(found: Sequence[Asset]) -> str:
-    return table(["key", "where", "licence"], [[a.key, a.location, a.licence] for a in found])
+def _level_words(row: dict[str, Any]) -> str:
+    return f"t = {row['timestep']} (sigma {row['sigma']:.3g}, SNR {row['snr']:.3g}, alpha-bar {row['alpha_bar']:.4g})"
+
+
+def _swept(found: dict[str, Any]) -> list[str]:
+    rows = found["rows"] + [row | {"tap": f"{row['tap']}, untrained"} for row in found["control"]]
+    kept, images = found["label_free"], found["images"]
+    lines = [table(["tap", "t", "sigma", "SNR", "alpha-bar", "accuracy %", "label-free"], list(map(_cells, rows))), ""]
+    chosen, rank = kept["chosen"], kept["rank_correlation"]
+    if rank is not None:
+        lines.append(
+            f"label-free score: rank correlation with accuracy {rank:+.2f}; alone it would take {chosen['tap']} at "
+            f"t = {chosen['timestep']}: {chosen['mean']:.1f} %"
+        )
+    share = min(max(found["best"]["mean"] / 100, 0.0), 1.0)
+    error = 100 * (share * (1 - share) / images["held_out"]) ** 0.5
+    return [*lines, f"{images['held_out']} images judged: a score is sure to about ± {error:.1f} points"]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    spread = f" ± {row['sd']:.1f}" if row["sd"] else ""
+    numbers = [f"{row['mean']:.1f}{spread}", f"{row['label_free']:.2f}"]
+    if row["timestep"] is None:
+        return [row["tap"], "-", "-", "-", "-", *numbers]
+    level = [row["timestep"], f"{row['sigma']:.3g}", f"{row['snr']:.3g}", f"{row['alpha_bar']:.4g}"]
+    return [row["tap"], *map(str, level), *numbers]
+
+
+def _searched(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for rung in found["rungs"]:
+        top = max(rung["rows"], key=lambda row: row["mean"], default=None)
+        taps, levels = ({row[key] for row in rung["rows"]} for key in ("tap", "timestep"))
+        where = [top["tap"], top["timestep"], f"{top['sigma']:.3g}", f"{top['mean']:.1f}"] if top else ["-"] * 4
+        rows.append([rung["images"], len(levels), len(taps), *where])
+    head = ["images", "levels", "taps", "leads", "t", "sigma", "left-out accuracy %"]
+    took = f"{found['passes']} passes of at most {found['planned_passes']}"
+    share = f"{100 * found['share_of_grid']:.1f} % of a grid of 20 noise levels ({found['grid_passes']})"
+    control = [f"untrained, {row['tap']}: {row['mean']:.1f} %" for row in found["control"]]
+    return [table(head, rows), "", f"{took}: {share}", *control, *(f"note: {note}" for note in found["notes"])]
+
+
+def probe_begins(found: dict[str, Any]) -> str:
+    """Said before the first image."""
+    share = f", {100 * found['share_of_grid']:.1f} % of a grid of 20 noise levels" if found["search"] else ""
+    most = "at most " if found["search"] else ""
+    return f"{most}{found['passes']} passes{share}: {found['levels']} noise levels, {found['taps']} taps"
+
+
+def probe_cost(found: dict[str, Any]) -> str:
+    """Of a dry run."""
+    return "\n".join(
+        [
+            f"passes            {probe_begins(found)}",
+            f"images            {found['train_images']} to learn from, {found['held_out_images']} to judge by",
+            f"multiply-adds     {amount(found['multiply_adds'])} (counted)",
+            f"time, about       {duration(found['seconds'])} of CPU for the passes (from one block on this machine)",
+            f"memory, at least  {size(found['memory_bytes'])}",
+            f"licence           {found['licences']['weights']}",
+            "nothing was written",
+        ]
+    )
+
+
+def assets(found: Sequence[dict[str, Any]]) -> str:
+    """One table, the licences in full below it."""
+    licences = list(dict.fromkeys(row["licence"] for row in found))
+    rows = [
+        [r["key"], r["purpose"], _asset_size(r), f"[{licences.index(r['licence']) + 1}]", r["state"], r["path"]]
+        for r in found
+    ]
+    told = [f"[{number}] {licence}" for number, licence in enumerate(licences, 1)]
+    return "\n".join([table(["key", "for", "size", "licence", "state", "belongs at"], rows), "", *told])
+
+
+def _asset_size(row: dict[str, Any]) -> str:
+    if row["size"]:
+        return size(row["size"][0])
+    return f"{amount(row['parameters'])} parameters" if row["parameters"] else "-"
+
+
+def fetch(found: dict[str, Any]) -> str:
+    """One asset that is here now."""
+    what = "fetched" if found["fetched"] else "there already"
+    return f"{found['key']}: {what}: {found['path']} ({found['hash']})\nlicence: {found['licence']}"
 
 
 def convert(found: dict[str, Any]) -> str:
@@ -184,6 +269,7 @@ def convert(found: dict[str, Any]) -> str:
         f"note: {len(found['filled'])} unused tables were not there and were filled": ", ".join(found["filled"]),
     }
     lines += [f"{what} ({which})" for what, which in told.items() if which]
+    lines += [f"note: {found['note']}"] if "note" in found else []
     return "\n".join([*lines, f"licence: {found['licence']}", f"written: {found['out']}"])
 
 

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffrep import _torchvision_compat
-from diffrep.diffusion.schedules import NoiseSchedule, kept_timesteps, linear_betas
+from diffrep.diffusion.schedules import NoiseSchedule, kept_timesteps, linear_betas, schedule_from_diffusers
 from diffrep.errors import UserError
-from diffrep.frozen.diffusion import schedule_from_diffusers
 
 
 def of_case(meta):

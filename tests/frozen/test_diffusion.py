@@ -14,7 +14,8 @@ from torch import nn
 
 from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import UserError
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher, untrained
+from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.frozen.teachers import load_teacher, untrained
 from diffrep.randomness import Rows, stream
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -203,8 +204,8 @@ def test_the_published_small_model_gives_its_published_numbers(shared):
 
 def test_nothing_there(tmp_path):
     assert "neither a folder here nor a Hub id" in refused(tmp_path / "nowhere")
-    (tmp_path / "file.bin").write_text("x")
-    assert "is a file" in refused(tmp_path / "file.bin")
+    (tmp_path / "file.txt").write_text("x")
+    assert "is no weights file; valid: .ckpt, .pt" in refused(tmp_path / "file.txt")
     (tmp_path / "empty").mkdir()
     assert "no unet/config.json and no config.json" in refused(tmp_path / "empty")
 

@@ -12,8 +12,9 @@ from toys import gaussians
 
 from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import UserError
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher
+from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig, grid_png, guidance_scales
+from diffrep.frozen.teachers import load_teacher
 
 
 class OnePerClass(nn.Module):

@@ -5,9 +5,9 @@ import torch
 
 from diffrep.data.datasets import DataConfig, load_data
 from diffrep.data.feed import Feed
-from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.features import FeatureConfig, write_features
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
+from diffrep.frozen.teachers import load_teacher
 
 TAP, TIMESTEPS = "mid", (700, 3)
 

@@ -42,6 +42,9 @@ def dit_folder(tmp_path_factory):
         torch.manual_seed(3)
         transformer = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=8, num_embeds_ada_norm=3, **sizes)
         vae = autoencoder(diffusers)
+    first, *others = (block.norm1.emb for block in transformer.transformer_blocks)
+    for other in others:  # official weights have one embedder, of which diffusers keeps a copy in each block
+        other.load_state_dict(first.state_dict())
     diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler()).save_pretrained(folder)
     return folder
 
@@ -68,27 +71,9 @@ def test_a_dit_folder_is_a_latent_generator(dit):
     assert float((images[0] - images[1]).abs().max()) > 0.01
 
 
-def test_the_sinusoid_is_the_official_one(dit):
-    """cos and sin of t 10000^(-k / 128), k = 0..127 (official `models.py`, TimestepEmbedder); diffusers has 127."""
-    times = torch.tensor([0, 1, 533, 999])
-    angles = times.double()[:, None] * 10000.0 ** (-torch.arange(128).double() / 128)
-    expected = torch.cat([angles.cos(), angles.sin()], 1)
-    for block in dit.network.module.transformer_blocks:
-        torch.testing.assert_close(block.norm1.emb.time_proj(times).double(), expected, rtol=0, atol=1e-3)
-
-
-def test_both_norms_have_the_official_epsilon(dit):
-    """(x - mean) / sqrt(variance + 1e-6), seen where the variance is of that size."""
-    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)) * 1e-3
-    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-    for block in dit.network.module.transformer_blocks:
-        for norm in (block.norm1.norm, block.norm3):
-            torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_the_null_class_is_the_one_after_the_last(dit):
     x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([500])
-    assert torch.equal(dit.network.predict(x, t), dit.network.module(x, t, class_labels=torch.tensor([3])).sample)
+    assert torch.equal(dit.network.predict(x, t), dit.network.module(x, t, class_labels=torch.tensor([3])))
     assert not torch.equal(dit.network.predict(x, t), dit.network.predict(x, t, torch.tensor([2])))
 
 
@@ -171,13 +156,13 @@ def test_a_set_of_a_dit_below_the_data_folder_is_made_again(dit_folder, tmp_path
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda d: (d / "transformer" / WEIGHTS).write_bytes(b"\x08" + bytes(20)), "the pipeline cannot be loaded"),
-        (lambda d: shutil.rmtree(d / "vae"), "the pipeline cannot be loaded"),
-        (lambda d: (d / "transformer/config.json").write_text("{"), "the pipeline cannot be loaded"),
-        (lambda d: (d / "scheduler/scheduler_config.json").unlink(), "the pipeline cannot be loaded"),
+        (lambda d: (d / "transformer" / WEIGHTS).write_bytes(b"\x08" + bytes(20)), "is corrupt or truncated"),
+        (lambda d: shutil.rmtree(d / "vae"), "draws latents: name its VAE, dit?vae=FOLDER"),
+        (lambda d: (d / "transformer/config.json").write_text("{"), "is not readable JSON"),
+        (lambda d: (d / "scheduler/scheduler_config.json").write_text("{"), "is not readable JSON"),
+        (lambda d: (d / "transformer/config.json").unlink(), "is no diffusers folder"),
         (lambda d: (d / "model_index.json").write_text("{"), "model_index.json is not readable JSON"),
         (lambda d: (d / "model_index.json").write_text("{}"), "model_index.json names no pipeline"),
-        (lambda d: (d / "model_index.json").unlink(), "is no diffusers folder"),
     ],
 )
 def test_a_corrupt_folder_is_named_in_one_line(copied, damage, told):
@@ -192,7 +177,7 @@ def test_weights_that_lack_a_tensor_are_refused(copied, part):
     weights = load_file(copied / part / WEIGHTS)
     weights.pop(name := sorted(weights)[-1])
     save_file(weights, copied / part / WEIGHTS)
-    with pytest.raises(UserError, match=f"{part}: its weights lack 1 tensors of its config .first: {name}"):
+    with pytest.raises(UserError, match=name):
         load_generator(str(copied))
 
 

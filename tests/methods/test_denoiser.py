@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from diffrep import _torchvision_compat
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
-from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig
+from diffrep.frozen.teachers import load_teacher
 from diffrep.methods.denoiser import Denoiser, DenoiserConfig
 from diffrep.randomness import Rows, stream
 

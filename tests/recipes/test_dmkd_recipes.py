@@ -10,8 +10,7 @@ import commands
 import pytest
 import torch
 
-from diffrep import words
-from diffrep.data import ilsvrc
+from diffrep import wordnet, words
 from diffrep.data.datasets import DataConfig, load_data
 from diffrep.frozen.classifier_sources import built
 from diffrep.recipes import RECIPES
@@ -196,7 +195,7 @@ def test_other_data(data, suffix):
 
 
 def test_the_hundred_classes_are_those_of_the_common_list():
-    ids = [ilsvrc.official_ids()[k] for k in IMAGENET100]
+    ids = [wordnet.official_ids()[k] for k in IMAGENET100]
     assert len(set(ids)) == 100 and ids == sorted(ids) and ids[0] == "n01558993"
     assert {"n02869837", "n01749939", "n02488291", "n02107142"} <= set(ids)  # the file's first lines
     for name in ("dmkd_imagenet100_set_low", "dmkd_imagenet100_set_high"):

@@ -16,8 +16,8 @@ from diffrep.diffusion.masking import masked_after
 from diffrep.errors import UserError
 from diffrep.frozen.answers import store_settings
 from diffrep.frozen.classifier import ClassifierConfig, load_classifier
-from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.generator import DiffusionGenerator
+from diffrep.frozen.teachers import load_teacher
 from diffrep.methods.synthesis import Synthesis
 from diffrep.methods.token_predictor import mage_counts
 from diffrep.randomness import Rows

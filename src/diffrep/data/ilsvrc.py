@@ -5,24 +5,14 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path, PurePosixPath
 
-from diffrep import _torchvision_compat
 from diffrep.data.lists import labelled_lines, read_lines
 from diffrep.errors import UserError
+from diffrep.wordnet import official_ids
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 _DEVKIT_FILES = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
-
-
-@cache
-def official_ids() -> tuple[str, ...]:
-    """The 1,000 WordNet ids in label order, which is sorted; timm carries the table."""
-    _torchvision_compat.install()
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

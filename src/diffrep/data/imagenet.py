@@ -21,9 +21,10 @@ from typing import IO
 import torch
 
 from diffrep.data.containers import existing
-from diffrep.data.ilsvrc import official_ids, read_classes, read_val_labels
+from diffrep.data.ilsvrc import read_classes, read_val_labels
 from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, file_part, read_at
 from diffrep.errors import UserError
+from diffrep.wordnet import official_ids
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 Member = tuple[str, int, int]  # name, offset and bytes of a file inside a tar

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,11 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar_at(step)
         return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
+    def step_at(self, alpha_bar: float) -> int:
+        """The step whose noise level is nearest to ``alpha_bar``, by log sigma; beyond the ends it is the end."""
+        kept = np.clip(self.alphas_cumprod, 1e-12, 1 - 1e-12)
+        return int(np.abs(np.log((1 - kept) / kept) - math.log((1 - alpha_bar) / alpha_bar)).argmin())
+
     def posterior_weights(self, step: int) -> tuple[float, float]:
         """The weights of x_0 and x_t in the mean of q(x_(t-1) | x_t, x_0) (Ho et al. 2020, equation 7)."""
         beta, here, before = float(self.betas[step]), self.alpha_bar_at(step), self.alpha_bar_at(step - 1)
@@ -125,6 +131,16 @@ class NoiseSchedule:
         return NoiseSchedule(1 - alphas / np.concatenate([[1.0], alphas[:-1]]), self.timestep[kept])
 
 
+def alpha_bar_of_sigma(sigma: float) -> float:
+    """sigma^2 = (1 - alpha_bar) / alpha_bar, so alpha_bar = 1 / (1 + sigma^2)."""
+    return 1 / (1 + sigma**2)
+
+
+def alpha_bar_of_snr(snr: float) -> float:
+    """SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2, so alpha_bar = SNR / (1 + SNR)."""
+    return snr / (1 + snr)
+
+
 def kept_timesteps(total: int, spacing: str) -> np.ndarray:
     """The sorted positions that ``spacing`` keeps of ``total`` timesteps.
 
@@ -157,3 +173,20 @@ def _count(text: str, spacing: str) -> int:
     if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < 1:
         raise UserError(f"num_sampling_steps '{spacing}' is not 'N', 'a,b,c' or 'ddimN' with whole numbers above 0")
     return int(text)
+
+
+def schedule_from_diffusers(config: dict[str, Any]) -> NoiseSchedule:
+    """The noise schedule that a diffusers ``scheduler_config.json`` describes."""
+    steps, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", BETA_START), config.get("beta_end", BETA_END)
+    if config.get("rescale_betas_zero_snr"):
+        raise UserError("the scheduler's rescale_betas_zero_snr is not supported: its last timestep has no signal left")
+    if config.get("trained_betas") is not None:
+        return NoiseSchedule.from_betas(np.asarray(config["trained_betas"], dtype=np.float64))
+    if name == "linear":  # diffusers does not scale the ends with T
+        return NoiseSchedule.from_betas(np.linspace(start, end, steps, dtype=np.float64))
+    if name == "scaled_linear":
+        return NoiseSchedule.from_betas(scaled_linear_betas(steps, start, end))
+    if name == "squaredcos_cap_v2":
+        return NoiseSchedule.from_betas(cosine_betas(steps))
+    raise UserError(f"noise schedule '{name}' is not known; valid: linear, scaled_linear, squaredcos_cap_v2")

@@ -93,3 +93,24 @@ def probe_scores(
         fit = linear_probe if len(draw) <= max(2048, seen.shape[1]) else primal_probe
         scores.append(accuracy(fit(seen[draw], labels[draw], held_out, num_classes), test_labels))
     return scores
+
+
+def left_out_accuracy(features: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Percent of (n, D) images named rightly by the probe of all the others; no image beside them is needed.
+
+    Features are standardised together; the penalty is that of the least left-out error, as in ``linear_probe``.
+    """
+    x, goal = standardise(features)[0], F.one_hot(labels, num_classes).double()
+    offset = goal.mean(0)
+    if x.shape[0] <= x.shape[1]:
+        values, left = torch.linalg.eigh(x @ x.T)
+    else:  # the left vectors of the same decomposition, by way of D x D; a direction without length explains nothing
+        values, right = torch.linalg.eigh(x.T @ x)
+        left = (x @ right) / values.clamp(min=1e-12).sqrt()
+    values = values.clamp(min=0)
+    rotated = left.T @ (goal - offset)
+    best = min(_penalties(values, len(x)), key=lambda p: _left_out_error(values, left, rotated, goal - offset, p))
+    shrink = values / (values + best)
+    leverage = left.square() @ shrink + 1 / len(x)
+    residual = (goal - offset - left @ (shrink[:, None] * rotated)) / (1 - leverage).clamp(min=1e-9)[:, None]
+    return accuracy((goal - residual).argmax(1), labels)

@@ -10,16 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffrep import counting, taps
-from diffrep.diffusion.schedules import NoiseSchedule, cosine_betas, scaled_linear_betas
+from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import UserError
 from diffrep.frozen.base import FrozenModule
-from diffrep.frozen.files import foreign_factory, load_unet, preset_unet
-from diffrep.randomness import Rows, seeded
+from diffrep.frozen.passes import Compiled, PassConfig, compiled_blocks, running, swapped_in
+from diffrep.randomness import Rows
 from diffrep.taps import Tap
 
 
@@ -27,7 +26,9 @@ class DiffusionTeacher(FrozenModule):
     """A denoiser read as a family of encoders, one per timestep.
 
     module:       any network of (x, timestep) or, with num_classes, of (x, timestep, class_labels=...).
-    num_classes:  None for an unconditional network; else the label ``num_classes`` is the null class.
+    num_classes:  None for an unconditional network; else the label ``num_classes`` is the null class, where there is
+                  one (``null_class``); a network without one is told no class at all (``class_labels=None``).
+    given_class:  told in place of the null class when nobody gives labels.
     prediction:   what the network returns: ``epsilon`` or ``v_prediction`` (only a generator asks).
     labels_seen:  how many labels its training read, by part, where a run of ours says so.
     call_options: further keywords for each call (diffusers: ``return_dict=False``).
@@ -45,8 +46,13 @@ class DiffusionTeacher(FrozenModule):
         licence: str = "unknown",
         call_options: dict[str, Any] | None = None,
         labels_seen: dict[str, int] | None = None,
+        null_class: bool = True,
+        given_class: int | None = None,
     ) -> None:
         super().__init__(module, name, licence)
+        self.null_class, self.given_class = null_class, given_class
+        self.passes = PassConfig()
+        self.kept: tuple[str, ...] | None = None  # the taps that everything behind was let go for
         self.labels_seen = labels_seen or {}
         self.call_options = call_options or {}
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
@@ -56,6 +62,24 @@ class DiffusionTeacher(FrozenModule):
     @property
     def num_train_timesteps(self) -> int:
         return len(self.schedule)
+
+    def run_as(self, passes: PassConfig) -> None:
+        """Precision, layout, compilation and memory of every pass from here on."""
+        self.passes = passes
+        layout = torch.channels_last if passes.channels_last else torch.contiguous_format
+        for parameter in self.module.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
+    def keep_only(self, taps: Sequence[str]) -> None:
+        """Let go of every part that no pass up to the last of ``taps`` reaches: a decoder nobody reads.
+
+        Its hash stays that of the whole network. From here on nothing behind the taps can be asked.
+        """
+        found = [self.tap(name) for name in taps]
+        _ = self.sha256  # of all weights: asked while they are there
+        _drop_unreached(self.module, lambda: _read(self.module, self._dry_pass(), found))
+        self.kept = tuple(taps)
 
     @cached_property
     def _taps(self) -> dict[str, Tap]:
@@ -108,13 +132,53 @@ class DiffusionTeacher(FrozenModule):
         Raises:
             UserError: unknown tap, timestep outside [0, T), images of another size.
         """
-        run = self._call(images, timestep, noise, labels, rng)
-        found = _read(self.module, run, [self.tap(name) for name in taps])
+        found = [self.tap(name) for name in taps]
+        steps, x = self.checked_timestep(timestep, images), self.normalise(images)
+        self.follow(x)
+        if noise == "forward":
+            if rng is None:
+                raise ValueError("noise='forward' draws: pass rng")
+            x = self.schedule.noised(x, rng.normal(*x.shape[1:]).to(x.device), steps)
+        named, size = self._keywords(labels, x), self.split_size(taps, len(x))
+        parts = [self._part(x, steps, named, slice(k, k + size), found) for k in range(0, len(x), size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _part(self, x: Tensor, steps: Tensor, named: dict[str, Any], rows: slice, taps: list[Tap]) -> dict[str, Tensor]:
+        named = {key: value[rows] if isinstance(value, Tensor) else value for key, value in named.items()}
+        layout = torch.channels_last if self.passes.channels_last else torch.contiguous_format
+        part = x[rows].contiguous(memory_format=layout)
+        with running(self.passes, x.device), swapped_in(self._compiled(taps)):
+            found = _read(self.module, lambda: self.module(part, steps[rows], **named), taps)
         return {name: feature.float() for name, feature in found.items()}
+
+    def _compiled(self, taps: list[Tap]) -> Compiled:
+        names = tuple(tap.name for tap in taps)
+        if not self.passes.compile:
+            return {}
+        if names not in self._by_taps:
+            self._by_taps[names] = compiled_blocks(self.module, names)
+        return self._by_taps[names]
+
+    @cached_property
+    def _by_taps(self) -> dict[tuple[str, ...], Compiled]:
+        return {}
+
+    def split_size(self, taps: Sequence[str], batch: int) -> int:
+        """How many images go through at once, so that what they hold fits ``passes.memory_mb``; at least one."""
+        if self.passes.memory_mb is None:
+            return max(batch, 1)
+        return min(max(batch, 1), max(1, self.passes.memory_mb * 1_000_000 // self.peak_bytes(taps)))
+
+    def peak_bytes(self, taps: Sequence[str]) -> int:
+        """Most bytes that one image holds at once on its way to the last of ``taps``; float32, without weights."""
+        found, run = [self.tap(name) for name in taps], self._dry_pass()
+        return counting.peak_bytes(lambda: _read(self.module, run, found))
 
     @torch.no_grad()
     def predict(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
         """The whole network on x_t already in its own range: its raw prediction, (B, C, H, W)."""
+        if self.kept is not None:
+            raise RuntimeError(f"{self.name} kept only what {', '.join(self.kept)} need: the rest was let go")
         self.follow(x)
         output = self.module(x, timestep, **self._keywords(labels, x))
         return output if isinstance(output, Tensor) else output[0]
@@ -136,22 +200,23 @@ class DiffusionTeacher(FrozenModule):
         until = [self.tap(tap)]  # looked up outside the count: the first look is a full pass
         return counting.multiply_adds(lambda: _read(self.module, run, until))
 
-    def _call(
-        self, images: Tensor, timestep: int | Tensor, noise: str | None, labels: Tensor | None, rng: Rows | None
-    ) -> Callable[[], Any]:
-        steps, x = self.checked_timestep(timestep, images), self.normalise(images)
-        self.follow(x)
-        if noise == "forward":
-            if rng is None:
-                raise ValueError("noise='forward' draws: pass rng")
-            x = self.schedule.noised(x, rng.normal(*x.shape[1:]).to(x.device), steps)
-        return lambda: self.module(x, steps, **self._keywords(labels, x))
-
     def _keywords(self, labels: Tensor | None, like: Tensor) -> dict[str, Any]:
         if self.num_classes is None:
             return self.call_options
-        null = torch.full((len(like),), self.num_classes, device=like.device)
-        return {**self.call_options, "class_labels": null if labels is None else labels}
+        if labels is None:
+            told = self.num_classes if self.null_class and self.given_class is None else self.given_class
+            labels = None if told is None else torch.full((len(like),), told, device=like.device)
+        else:
+            self.check_labels(labels)
+        return {**self.call_options, "class_labels": labels}
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse classes that the network does not have; its null class, where there is one, is one of them."""
+        assert self.num_classes is not None
+        beyond = labels[(labels < 0) | (labels >= self.num_classes + self.null_class)]
+        if len(beyond):
+            null = f", null class {self.num_classes}" if self.null_class else ", no null class"
+            raise UserError(f"class {int(beyond[0])} is outside 0..{self.num_classes - 1} of {self.name}{null}")
 
     def _dry_pass(self) -> Callable[[], Any]:
         x = torch.zeros(1, self.in_channels, self.image_size, self.image_size)
@@ -160,101 +225,4 @@ class DiffusionTeacher(FrozenModule):
 
 
 _read = taps.read  # an argument called ``taps`` would hide the module
-
-
-def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
-    """Load a frozen diffusion model.
-
-    Args:
-        reference: a diffusers folder or Hub id (``google/ddpm-cifar10-32``), a run folder of ours,
-            ``python:module:factory`` (a callable that returns any network of (x, timestep), or a DiffusionTeacher),
-            or ``random:REFERENCE`` for the same architecture with untrained weights.
-        allow_code: ``python:`` runs foreign code and is refused without it.
-
-    Raises:
-        UserError: nothing there, a corrupt or truncated file, a pickle that wants to run code.
-    """
-    kind, _, rest = reference.partition(":")
-    if kind == "random":
-        return _from_preset(rest) or untrained(load_teacher(rest, allow_code))
-    if kind == "python":
-        return _from_factory(rest, allow_code)
-    unet, scheduler, card = load_unet(reference)
-    config = unet.config
-    classes = config.get("num_class_embeds")
-    if not isinstance(config["sample_size"], int):
-        raise UserError(f"{reference}: config.json has sample_size {config['sample_size']}, not one number of pixels")
-    return DiffusionTeacher(
-        unet,
-        name=card.get("name", reference),
-        image_size=config["sample_size"],
-        in_channels=config["in_channels"],
-        schedule=schedule_from_diffusers(scheduler),
-        num_classes=classes - 1 if classes else None,
-        prediction=scheduler.get("prediction_type", "epsilon"),
-        licence=card.get("licence", "unknown"),
-        call_options={"return_dict": False},
-        labels_seen=card.get("labels_seen"),
-    )
-
-
-def _from_preset(reference: str) -> DiffusionTeacher | None:
-    """A published architecture, untrained, without the Hub."""
-    with seeded(0, "untrained teacher"):
-        built = preset_unet(reference)
-    if built is None:
-        return None
-    unet, licence = built
-    size, channels = unet.config["sample_size"], unet.config["in_channels"]
-    return DiffusionTeacher(
-        unet, f"untrained {reference}", size, channels, licence=licence, call_options={"return_dict": False}
-    )
-
-
-def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
-    """The control every claim needs: the same network before training (each layer's own initialisation)."""
-    with seeded(seed, "untrained teacher"):
-        for module in teacher.module.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif any(True for _ in module.parameters(recurse=False)):
-                raise UserError(f"random: a {type(module).__name__} of {teacher.name} has no reset_parameters()")
-    vars(teacher).pop("sha256", None)  # of the trained weights, where it was asked for before
-    teacher.name = f"untrained {teacher.name}"
-    return teacher
-
-
-def _from_factory(path: str, allow_code: bool) -> DiffusionTeacher:
-    factory = foreign_factory(path, allow_code)
-    try:
-        made = factory()
-    except Exception as error:  # whatever foreign code raises is the foreign code's
-        raise UserError(f"python:{path} raised {type(error).__name__}: {error}") from error
-    if isinstance(made, DiffusionTeacher):
-        return made
-    if not isinstance(made, nn.Module):
-        raise UserError(f"python:{path} returned a {type(made).__name__}, not a torch module or a DiffusionTeacher")
-    size = getattr(made, "image_size", None) or getattr(made, "img_resolution", None)
-    if not isinstance(size, int):
-        raise UserError(
-            f"python:{path}: give the module an attribute image_size (pixels), or return a DiffusionTeacher"
-        )
-    return DiffusionTeacher(made, f"python:{path}", size, getattr(made, "in_channels", 3))
-
-
-def schedule_from_diffusers(config: dict[str, Any]) -> NoiseSchedule:
-    """The noise schedule that a diffusers ``scheduler_config.json`` describes."""
-    steps, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if config.get("rescale_betas_zero_snr"):
-        raise UserError("the scheduler's rescale_betas_zero_snr is not supported: its last timestep has no signal left")
-    if config.get("trained_betas") is not None:
-        return NoiseSchedule.from_betas(np.asarray(config["trained_betas"], dtype=np.float64))
-    if name == "linear":  # diffusers does not scale the ends with T
-        return NoiseSchedule.from_betas(np.linspace(start, end, steps, dtype=np.float64))
-    if name == "scaled_linear":
-        return NoiseSchedule.from_betas(scaled_linear_betas(steps, start, end))
-    if name == "squaredcos_cap_v2":
-        return NoiseSchedule.from_betas(cosine_betas(steps))
-    raise UserError(f"noise schedule '{name}' is not known; valid: linear, scaled_linear, squaredcos_cap_v2")
+_drop_unreached = taps.drop_unreached

@@ -1,4 +1,4 @@
-"""Where foreign networks come in: diffusers folders, Hub ids, run folders of ours, a user's own factory.
+"""Where foreign networks come in: diffusers folders, Hub ids, runs of ours, official files, a user's own factory.
 
 Everything that can be wrong with a file is said here in one line: nothing there, not finished, truncated, a pickle
 that wants to run code, weights that do not fit.
@@ -6,63 +6,101 @@ that wants to run code, weights that do not fit.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffrep import _torchvision_compat, assets
 from diffrep.errors import UserError, nearest
 from diffrep.files import located, read_json
+from diffrep.models.weights import read_weights
 
 PIPELINE = "pipeline"  # the diffusers folder inside a run folder of methods/denoiser.py
+CARD = "diffrep.json"  # beside a diffusers folder that `diffrep convert` wrote: what diffusers has no word for
 
 
-def load_unet(reference: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """A diffusers ``UNet2DModel``, its scheduler's config, and what is known of it (name, licence).
+@dataclass(frozen=True)
+class Opened:
+    """A place that is here. path: a file, or a diffusers folder; card: what is known of it besides."""
+
+    path: Path
+    name: str
+    licence: str = "unknown"
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Of a diffusers folder, the config of its noise schedule; {} where it has none."""
+        for place in (self.path / "scheduler", self.path):
+            if (place / "scheduler_config.json").exists():
+                return read_json(place / "scheduler_config.json")
+        return {}
+
+
+def opened(reference: str) -> Opened:
+    """The file or folder that ``reference`` names: here, below $DIFFREP_DATA, under a published key, or on the Hub.
 
     Raises:
-        UserError: see the page's first lines.
+        UserError: nothing there, an unfinished run, a run that is no diffusion model.
     """
-    folder = located(reference)
-    if folder.is_file():
-        raise UserError(f"{reference} is a file; a teacher is a diffusers folder, a Hub id or a run folder")
-    if folder.is_dir():
-        return _from_folder(folder)
+    path, known = located(reference), assets.find(reference)
+    if path.is_file():
+        return Opened(path, path.name, known.licence if known else "unknown")
+    if path.is_dir():
+        return _opened_folder(path)
     if not assets.looks_like_hub_id(reference):
         raise UserError(f"teacher '{reference}' is neither a folder here nor a Hub id of the form OWNER/NAME")
-    if assets.find(reference) is None and (folder.parts[0] == "runs" or folder.parent.is_dir()):
+    if known is None and (path.parts[0] == "runs" or path.parent.is_dir()):
         raise UserError(f"teacher '{reference}': no such folder here; train it first, or give a Hub id (OWNER/NAME)")
     return _from_hub(reference)
 
 
-def _from_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    run_card: dict[str, Any] = {}
+def _opened_folder(folder: Path) -> Opened:
+    card: dict[str, Any] = {}
     if (folder / "recipe.yaml").exists() or (folder / PIPELINE).is_dir():
-        run_card = _run_card(folder)
+        card, name = _run_card(folder), folder.name
         folder = folder / PIPELINE
         if not folder.is_dir():
             raise UserError(f"{folder.parent} is a run, but not one of a diffusion model (no {PIPELINE}/ in it)")
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+        return Opened(folder, card.get("name", name), card.get("licence", "unknown"), card)
+    if (folder / CARD).exists():
+        card = read_json(folder / CARD)
+    known = assets.find(folder.name)
+    licence = card.get("licence") or (known.licence if known else "unknown")
+    return Opened(folder, folder.name, licence, card)
+
+
+def part_of(folder: Path, *names: str) -> tuple[Path, str | None]:
+    """The network in ``folder/NAME`` for the first name that is there, else in ``folder`` itself, and its class."""
+    inner = next((folder / name for name in names if (folder / name).is_dir()), folder)
     if not (inner / "config.json").exists():
         raise UserError(f"{folder} is no diffusers folder: no unet/config.json and no config.json in it")
     card = read_json(inner / "config.json")
-    kind = card.get("_class_name") if isinstance(card, dict) else type(card).__name__
+    return inner, card.get("_class_name") if isinstance(card, dict) else type(card).__name__
+
+
+def load_unet(found: Opened) -> nn.Module:
+    """A diffusers ``UNet2DModel``, every tensor of its file used and none missing.
+
+    Raises:
+        UserError: see the page's first lines.
+    """
+    inner, kind = part_of(found.path, "unet")
     if kind not in (None, "UNet2DModel", "UNetModel"):
-        raise UserError(f"{folder} holds a {kind}; valid: UNet2DModel")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    config = (
-        read_json(scheduler if scheduler.exists() else folder / "scheduler_config.json")
-        if (scheduler.exists() or (folder / "scheduler_config.json").exists())
-        else {}
-    )
-    card = {"name": folder.name, "licence": "unknown"} | run_card
-    return _strictly(inner, str(folder)), config, card
+        raise UserError(f"{found.path} holds a {kind}; valid: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel")
+    _torchvision_compat.install()
+    from diffusers import UNet2DModel
+
+    return library_network(UNet2DModel, inner, str(found.path))
 
 
 def preset_unet(reference: str) -> tuple[nn.Module, str] | None:
@@ -82,7 +120,7 @@ def _run_card(folder: Path) -> dict[str, Any]:
     return read_json(folder / "result.json")
 
 
-def _from_hub(reference: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def _from_hub(reference: str) -> Opened:
     known = assets.find(reference)
     repository = known.location if known else reference
     _torchvision_compat.install()
@@ -90,34 +128,54 @@ def _from_hub(reference: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.bin"])
+        folder = snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"cannot fetch {repository} from the Hub ({type(error).__name__}); without a network give the path of a "
             f"folder that holds it"
         ) from None
-    unet, scheduler, _ = _from_folder(Path(folder))
-    return unet, scheduler, {"name": repository, "licence": known.licence if known else "see its model card"}
+    return Opened(Path(folder), repository, known.licence if known else "see its model card")
 
 
-def _strictly(folder: Path, name: str) -> nn.Module:
-    """``UNet2DModel`` with every tensor of the file used and none missing."""
-    _torchvision_compat.install()
-    from diffusers import UNet2DModel
+def library_network(kind: Any, folder: Path, name: str) -> nn.Module:
+    """A network of diffusers or transformers in float32, with every tensor of the file used and none missing."""
     from safetensors import SafetensorError
 
     safe = _refuse_unreadable(folder, name)
     try:
-        loaded, info = UNet2DModel.from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True, use_safetensors=safe
-        )
+        with quietly():
+            loaded, info = kind.from_pretrained(
+                folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True, use_safetensors=safe
+            )
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name}: its weights cannot be loaded ({_first_line(error)})") from None
     wrong = {k: info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if wrong:
-        parts = ", ".join(f"{len(v)} {k.replace('_', ' ')} (first: {v[0]})" for k, v in wrong.items())
+        parts = ", ".join(f"{len(v)} {k.replace('_', ' ')} (first: {sorted(v)[0]})" for k, v in wrong.items())
         raise UserError(f"{name}: weights and config do not belong together: {parts}")
     return loaded.float()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """The libraries log in many lines what is wrong, and we say it in one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def folder_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a folder's weight files, by name."""
+    if _refuse_unreadable(folder, name):
+        files = sorted(folder.glob("*.safetensors"))
+        return {key: value for file in files for key, value in read_weights(file).items()}
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.bin")):
+        state |= torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 def _refuse_unreadable(folder: Path, name: str) -> bool:

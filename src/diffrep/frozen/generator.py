@@ -95,6 +95,8 @@ class DiffusionGenerator:
 
     def __init__(self, network: DiffusionTeacher) -> None:
         self.network = network
+        # (C, H, W) of what the walk starts from.
+        self.noise_shape = (network.in_channels, network.image_size, network.image_size)
         if network.prediction not in ("epsilon", "v_prediction"):
             raise UserError(f"{network.name} predicts '{network.prediction}'; valid: epsilon, v_prediction")
 
@@ -151,11 +153,6 @@ class DiffusionGenerator:
         walk = named_sampler(sampling.sampler, sampling.num_sampling_steps, sampling.eta)
         return self.decode(walk(denoiser, noise, self.network.schedule, rng))
 
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the walk starts from."""
-        return self.network.in_channels, self.network.image_size, self.network.image_size
-
     def decode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) where the walk ended -> images (B, 3, H, W) in [0, 1]."""
         return (x / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
@@ -165,6 +162,8 @@ class DiffusionGenerator:
         classes, channels = self.num_classes, self.noise_shape[0]
         if classes is None and (labels is not None or sampling.is_guided):
             raise UserError(f"{self.name} knows no classes: it takes neither labels nor guidance")
+        if classes is not None and not self.network.null_class and (labels is None or sampling.is_guided):
+            raise UserError(f"{self.name} has no null class: it draws given classes only, and without guidance")
         if classes is not None and labels is not None:
             wrong = [label for label in labels.tolist() if not 0 <= label < classes]
             if wrong:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
-from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.features import FeatureStore
+from diffrep.frozen.teachers import load_teacher
 from diffrep.losses import pooled
 from diffrep.randomness import Rows, stream
 

@@ -1,4 +1,4 @@
-"""Generators that are whole diffusers pipelines: DiT with its VAE, and text-to-image with a prompt per class.
+"""Generators besides plain ones: DiT with its VAE, and text-to-image pipelines with a prompt per class.
 
 A text-to-image pipeline walks by itself, with the scheduler we choose; all others are walked by
 :mod:`diffrep.diffusion.sampling`.
@@ -6,11 +6,9 @@ A text-to-image pipeline walks by itself, with the scheduler we choose; all othe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,11 @@ from diffrep.diffusion.sampling import LIBRARY, whole_steps
 from diffrep.errors import UserError
 from diffrep.files import located, read_json
 from diffrep.frozen.base import FrozenModule
-from diffrep.frozen.diffusion import DiffusionTeacher, load_teacher, schedule_from_diffusers
+from diffrep.frozen.dit import DiTTeacher
+from diffrep.frozen.files import library_network, quietly
 from diffrep.frozen.generator import DiffusionGenerator, Judge, SamplingConfig
+from diffrep.frozen.references import split_reference
+from diffrep.frozen.teachers import load_teacher
 from diffrep.randomness import stream
 
 # diffusers' own walks; DDPM and DDIM would clip latents, which have no range, unless told not to.
@@ -35,13 +36,12 @@ class LatentGenerator(DiffusionGenerator):
 
     clips = False
 
-    def __init__(self, network: DiffusionTeacher, vae: FrozenModule) -> None:
+    def __init__(self, network: DiTTeacher) -> None:
         super().__init__(network)
-        self.vae = vae
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(f"{self.network.sha256}{self.vae.sha256}".encode()).hexdigest()
+        if network.vae is None:
+            raise UserError(f"{network.name} draws latents: name its VAE, {network.name}?vae=FOLDER")
+        self.vae = network.vae
+        self.noise_shape = (network.in_channels, network.latent_size, network.latent_size)
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 4, h, w) as the network has them -> images (B, 3, H, W) in [0, 1]."""
@@ -162,18 +162,20 @@ def load_generator(
     """Load what draws images.
 
     Args:
-        reference: a diffusers folder or Hub id (a U-Net, a ``DiTPipeline``, a text-to-image pipeline), a run folder of
-            ours with a diffusion model, or ``python:module:factory``.
+        reference: what :func:`diffrep.frozen.teachers.load_teacher` takes, or a text-to-image pipeline of diffusers.
         prompts: of a text-to-image pipeline, one per class.
 
     Raises:
         UserError: nothing there, a corrupt file, prompts for a generator that reads none, or none for one that does.
     """
-    kind = _pipeline_kind(reference)
+    kind = _pipeline_kind(split_reference(reference)[0])
     if kind is None or kind in ("DDPMPipeline", "DDIMPipeline", "DiTPipeline"):
         if prompts:
             raise UserError(f"{reference} is no text-to-image pipeline: it reads no prompt")
-        return _dit(reference) if kind == "DiTPipeline" else DiffusionGenerator(load_teacher(reference, allow_code))
+        network = load_teacher(reference, allow_code)
+        if isinstance(network, DiTTeacher) and network.in_channels != 3:
+            return LatentGenerator(network)
+        return DiffusionGenerator(network)
     if not prompts:
         raise UserError(f"{reference} is a {kind}: give prompt (e.g. 'a photo of a {{}}') and class_names")
     return TextGenerator(_loaded(reference, "AutoPipelineForText2Image"), reference, _licence(reference), prompts)
@@ -210,7 +212,7 @@ def _loaded(reference: str, kind: str) -> Any:
 
     folder = located(reference)
     try:
-        with _quietly():
+        with quietly():
             if not folder.is_dir():
                 folder = Path(diffusers.DiffusionPipeline.download(reference, use_safetensors=True))
             return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, **_networks(folder))
@@ -223,19 +225,8 @@ def _loaded(reference: str, kind: str) -> Any:
         raise UserError(f"{reference}: the pipeline cannot be loaded ({why[:160]})") from None
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The libraries log in many lines what is wrong, and we say it in one."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _networks(folder: Path) -> dict[str, Any]:
-    """{part: network}, loaded one by one: only so does diffusers tell of tensors that a file lacks.
+    """{part: network}, loaded one by one: only so is it told which tensors a file lacks.
 
     The part that looks for unsafe images is left out: it would paint them black.
     """
@@ -248,44 +239,8 @@ def _networks(folder: Path) -> dict[str, Any]:
             library.utils.logging.disable_progress_bar()
             made = getattr(library, kind[1])
             if isinstance(made, type) and issubclass(made, torch.nn.Module):
-                found[part] = _network(made, folder / part)
+                found[part] = library_network(made, folder / part, str(folder / part))
     return found
-
-
-def _network(kind: Any, folder: Path) -> torch.nn.Module:
-    network, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder.name}: its weights lack {len(missing)} tensors of its config (first: {missing[0]})")
-    return network.float()
-
-
-def as_official(transformer: torch.nn.Module) -> torch.nn.Module:
-    """Have diffusers' ``DiTTransformer2DModel`` compute as the official DiT, whose weights it was converted from.
-
-    Its sinusoid of the timestep and the epsilon of its second norm are others than the weights were trained with.
-    """
-    for block in transformer.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # official: 10000^(-k/128), diffusers: 10000^(-k/127)
-        block.norm3.eps = 1e-6
-    return transformer
-
-
-def _dit(reference: str) -> LatentGenerator:
-    pipeline = _loaded(reference, "DiTPipeline")
-    config, scheduler = pipeline.transformer.config, dict(pipeline.scheduler.config)
-    network = DiffusionTeacher(
-        as_official(pipeline.transformer),
-        name=Path(reference).name,
-        image_size=config.sample_size,
-        in_channels=config.in_channels,
-        schedule=schedule_from_diffusers(scheduler),
-        num_classes=config.num_embeds_ada_norm,
-        prediction=scheduler.get("prediction_type", "epsilon"),
-        licence=_licence(reference),
-        call_options={"return_dict": False},
-    )
-    return LatentGenerator(network, FrozenModule(pipeline.vae, f"{reference}/vae"))
 
 
 def _licence(reference: str) -> str:

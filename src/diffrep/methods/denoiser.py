@@ -22,9 +22,9 @@ from diffrep.data.batch import Batch
 from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import UserError
 from diffrep.files import folder_aside, write_atomic
-from diffrep.frozen.diffusion import load_teacher
 from diffrep.frozen.files import PIPELINE
 from diffrep.frozen.generator import DiffusionGenerator, SamplingConfig, grid_png
+from diffrep.frozen.teachers import load_teacher
 from diffrep.methods.base import Method, MethodConfig
 from diffrep.randomness import Rows, derived_seed
 

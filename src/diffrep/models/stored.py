@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,15 @@ def read_checkpoint(path: Path) -> Any:
         raise UserError(f"{path} is no weights file; {nearest(path.suffix, ['.safetensors', *PICKLES])}")
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read: what nobody asks for stays on the disk. Files older than torch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception:  # a damaged pickle raises whatever it likes
         why = "it is damaged, or a pickle that wants to run code; nothing of it was run"
         raise UserError(f"{path} cannot be loaded: {why}") from None
 
 
-def write_checkpoint(path: Path, state: Mapping[str, Tensor], wrapper: str) -> None:
-    """``{wrapper: {name: tensor}}`` as the file that official code loads; nothing but tensors is in it."""
+def write_checkpoint(path: Path, state: Mapping[str, Tensor], wrapper: str | None = None) -> None:
+    """``{wrapper: {name: tensor}}``, or plain, as the file that official code loads; nothing but tensors is in it."""
     content = io.BytesIO()
-    torch.save({wrapper: dict(state)}, content)
+    torch.save({wrapper: dict(state)} if wrapper else dict(state), content)
     write_atomic(path, content.getvalue())

@@ -159,9 +159,11 @@ def sweep_chart(taps: Mapping[str, Mapping[int, tuple[float, float]]], pixels: t
     """Accuracy against the timestep, a line and a band per tap. taps: tap -> timestep -> (mean, sd)."""
     timesteps = sorted({t for points in taps.values() for t in points})
     place = {t: i for i, t in enumerate(timesteps)}
+    legend = 18 * -(-(len(taps) + bool(pixels)) // 3)
+    height = 284 + legend
     with _style("sweep"):
-        figure = _figure(320)
-        axes = figure.add_axes((0.12, 0.28, 0.85, 0.69))
+        figure = _figure(height)
+        axes = figure.add_axes((0.12, (legend + 54) / height, 0.85, 220 / height))
         for number, (tap, points) in enumerate(taps.items()):
             x, mean = [place[t] for t in points], [m for m, _ in points.values()]
             low, high = [m - s for m, s in points.values()], [m + s for m, s in points.values()]
@@ -175,6 +177,37 @@ def sweep_chart(taps: Mapping[str, Mapping[int, tuple[float, float]]], pixels: t
         axes.set(xlabel=f"timestep t of the diffusion model {LISTED}", ylabel="% correct")
         figure.legend(loc="lower center", ncols=3, columnspacing=1.2, handlelength=2.2)
         return _svg(figure, "sweep")
+
+
+def levels_chart(taps: Mapping[str, Sequence[float]], levels: Sequence[tuple[float, int]], name: str) -> Markup:
+    """A heat map: a row per tap, a column per noise level (sigma, t); the highest cell is framed.
+
+    Numbers stand in the cells while ten columns leave them room.
+    """
+    left = min(150.0, 14 + 6.1 * max(len(_cut(tap, 22)) for tap in taps))
+    height = 24 * len(taps) + 52
+    grid = list(taps.values())
+    with _style(name):
+        figure = _figure(height)
+        box = (left / WIDTH, 46 / height, (WIDTH - left - 8) / WIDTH, 24 * len(taps) / height)
+        axes = figure.add_axes(box)
+        axes.imshow(grid, aspect="auto", cmap="Blues", interpolation="nearest")
+        low, high = min(map(min, grid)), max(map(max, grid))
+        if len(levels) <= 10:
+            for y, row in enumerate(grid):
+                for x, value in enumerate(row):
+                    colour = "white" if value > low + 0.55 * (high - low) else INK
+                    axes.annotate(f"{value:.1f}", (x, y), ha="center", va="center", size=11, color=colour)
+        y, x = max(((y, x) for y in range(len(grid)) for x in range(len(levels))), key=lambda at: grid[at[0]][at[1]])
+        frame = matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
+        axes.add_patch(frame)
+        kept = range(0, len(levels), -(-len(levels) // 10))
+        axes.set_xticks(list(kept), [f"{levels[i][0]:.2g}\n{levels[i][1]}" for i in kept])
+        axes.set_yticks(range(len(taps)), [_cut(tap, 22) for tap in taps], color=INK)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.set_xlabel("noise level: sigma above, timestep t below")
+        return _svg(figure, name)
 
 
 LISTED = "(listed values, evenly spaced)"

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from statistics import fmean
 
-from diffrep.report import pictures
+from diffrep.report import levels, pictures
 from diffrep.report.numbers import listed
 from diffrep.report.page import Block, Notes, Picture, Section, Text
 from diffrep.report.values import Entry, Run
@@ -70,10 +70,10 @@ def best_point(taps: Points) -> tuple[str, int, float]:
 
 
 def sweep(entry: Entry, student_taps: Sequence[str] = ()) -> Section | None:
-    """What can be read from a diffusion model, place by place and timestep by timestep."""
+    """What can be read from a diffusion model, place by place and timestep by timestep; or how that was searched."""
     taps, pixels = sweep_points(entry)
     if not taps:
-        return None
+        return levels.search(entry)
     grid = entry.recipe.get("sweep", {})
     labels = f"{grid['labels']:,}" if grid.get("labels") else "all"
     explained = (
@@ -90,7 +90,8 @@ def sweep(entry: Entry, student_taps: Sequence[str] = ()) -> Section | None:
     picture = Picture(
         _sweep_alt(taps, pixels), _sweep_caption(entry, taps, pixels, student_taps), pictures.sweep_chart(taps, pixels)
     )
-    return Section("Where the knowledge sits", [Text(explained), picture, Text(warning, "note")])
+    blocks = [Text(explained), picture, *levels.level_blocks(entry), Text(warning, "note")]
+    return Section("Where the knowledge sits", blocks)
 
 
 def _sweep_alt(taps: Points, pixels: tuple[float, float] | None) -> str:
@@ -107,7 +108,8 @@ def _sweep_caption(entry: Entry, taps: Points, pixels: tuple[float, float] | Non
     for own in (t for t in student_taps if t in taps):
         _, timestep, mean = best_point({own: taps[own]})
         said.append(f"At {own}, where the students learn from, the best is t = {timestep} ({mean:.1f} %).")
-    draws, seeds = entry.recipe.get("sweep", {}).get("draws", 1), len(entry.results())
+    grid, seeds = entry.recipe.get("sweep", {}), len(entry.results())
+    draws = grid.get("draws", 1) if grid.get("labels") else 1  # all labels are one draw
     over = [f"{n} {what}" for n, what in ((draws, "draws of labelled images"), (seeds, "seeds")) if n > 1]
     bands = [f"Bands: one standard deviation over {listed(over)}."] if over else []
     return " ".join([*said, *bands])

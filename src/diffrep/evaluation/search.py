@@ -1,0 +1,229 @@
+"""The best pair of tap and noise level at a small share of a grid's passes.
+
+All taps are read at every noise level on few images; half of the levels stay for twice as many, and again (successive
+halving: Jamieson and Talwalkar 2016). Between the neighbours of the level that is left, golden section in log sigma
+looks for a better one (Kiefer 1953). Taps cost no passes of their own, so only those clearly behind are dropped, and
+the last word between the others is spoken on many images at one level: with few labels another tap may lead.
+
+Three things make few images enough. A pair is scored by leaving out one training image at a time, so every image both
+teaches and tests. All pairs see the same images with the same noise, those of a rung among those of the next. And test
+images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
+for models that generalise (arXiv 2502.05743).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffrep.errors import UserError
+from diffrep.evaluation.kept import Kept
+from diffrep.evaluation.levels import Level, last_of, nearest_level
+from diffrep.evaluation.probe import left_out_accuracy
+from diffrep.evaluation.streaming import Chosen, Tick, teacher_reader
+from diffrep.evaluation.sweep import Bench, gathered, labelled
+from diffrep.frozen.diffusion import DiffusionTeacher
+
+GRID_LEVELS = 20  # of the grid that the cost is a share of
+REFINEMENTS = 2  # levels that golden section adds
+LEAST_PER_CLASS = 2  # images of the first rung
+MOST_IMAGES, MOST_PER_CLASS = 8192, 32  # of the last rung, whatever the budget: its features are held in memory
+GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
+CLEARLY = 2.0  # standard errors of a difference that a tap may lie behind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will take at most.
+
+    rungs: (images, noise levels) of each: halving, golden section, and all taps that are left at one level.
+    grid_passes: of the grid of ``GRID_LEVELS`` levels on all images.
+    """
+
+    rungs: tuple[tuple[int, int], ...]
+    grid_passes: int
+
+    @property
+    def passes(self) -> int:
+        return sum(images * levels for images, levels in self.rungs)
+
+    @property
+    def control_passes(self) -> int:
+        """Of an untrained network beside the last rung; not part of the search."""
+        return self.rungs[-1][0]
+
+
+def plan_of(bench: Bench, levels: int) -> Plan:
+    """Half of the budget for the last rung, the other half for all before.
+
+    Raises:
+        UserError: fewer than three levels; a budget that leaves too few images to compare by.
+    """
+    if levels < 3:
+        raise UserError(f"a search needs at least 3 noise levels to start from, not {levels}")
+    config, grid, classes = bench.config, GRID_LEVELS * bench.passes, bench.num_classes
+    most = min(len(bench.train), max(MOST_IMAGES, MOST_PER_CLASS * classes))
+    last = min(int(config.budget * grid / 2), most)
+    shape = ((1, levels), (2, -(-levels // 2)), (4, 2), (4, REFINEMENTS))
+    units = sum(images * count for images, count in shape)
+    first = min(int((config.budget * grid - last) / units), most // 5)
+    least = LEAST_PER_CLASS * classes
+    if first < least:
+        told = f"{max(first, 0)} images at each of {levels} noise levels are too few for {classes} classes"
+        hint = "raise it, or measure the grid instead"
+        raise UserError(f"search: a budget of {config.budget:g} of the grid's {grid} passes: {told}; {hint}")
+    return Plan((*((images * first, count) for images, count in shape), (last, 1)), grid)
+
+
+Table = dict[Level, dict[str, float]]  # level -> tap -> left-out accuracy in percent
+
+
+class Searcher:
+    """Measures pairs, and counts what that takes."""
+
+    def __init__(self, teacher: DiffusionTeacher, bench: Bench, device: torch.device, kept: Kept, tick: Tick) -> None:
+        self.teacher, self.bench, self.device, self.kept, self.tick = teacher, bench, device, kept, tick
+        self.passes = self.multiply_adds = 0
+
+    def table(self, levels: Sequence[Level], taps: Sequence[str], images: int) -> Table:
+        """Every pair, on the same images."""
+        return {level: self.scores(self.teacher, level, taps, images) for level in levels}
+
+    def scores(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
+        """Tap -> left-out accuracy on the first ``images`` training images of the label draw."""
+        self.passes += images
+        self.multiply_adds += images * teacher.multiply_adds(last_of(teacher, taps))
+        name = f"{teacher.name}, t={level.timestep}, {images} images"
+        return self.kept.once(name, lambda: self._measured(teacher, level, taps, images))
+
+    def _measured(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
+        bench, config = self.bench, self.bench.config
+        chosen = Chosen(bench.train.images, labelled(bench.train.images, images, bench.seed))
+        read = teacher_reader(teacher, level.timestep, taps, config.pool, config.noise, bench.seed, self.device)
+        found, labels = gathered(read, chosen, self.tick), chosen.labels(chosen.positions)
+        return {tap: left_out_accuracy(found[tap], labels, bench.num_classes) for tap in taps}
+
+
+def search(
+    searcher: Searcher,
+    plan: Plan,
+    levels: Sequence[Level],
+    taps: Sequence[str],
+    untrained: DiffusionTeacher | None = None,
+) -> dict[str, Any]:
+    """Rungs, refinement, last word: the pair, what every rung measured, what it took.
+
+    Returns:
+        best: the row of the pair found; rungs: {images, rows} each; control: the rows of the untrained network at the
+        best level; notes: what to doubt; passes, planned_passes, grid_passes and share_of_grid.
+    """
+    by_sigma = sorted(levels, key=lambda level: level.sigma)
+    *halving, (more, _), (most, _) = plan.rungs
+    rungs, table, left = [], Table(), by_sigma
+    for images, count in halving:
+        left = higher(table, left, count)
+        table = searcher.table(left, taps, images)
+        rungs.append(told(table, images))
+        taps = not_behind(table, taps, images)
+    refined = refine(searcher, table, by_sigma, taps, more)
+    rungs.append(told(refined, more))
+    at = highest(refined | {level: {tap: row[tap] for tap in taps} for level, row in table.items()})
+    rungs.append(told(searcher.table([at], taps, most), most))
+    best, passes = max(rungs[-1]["rows"], key=lambda row: row["mean"]), searcher.passes
+    control = told({at: searcher.scores(untrained, at, taps, most)}, most)["rows"] if untrained else []
+    return {
+        "best": best | {"images": most},
+        "rungs": rungs,
+        "control": control,
+        "notes": doubts(at, by_sigma),
+        "passes": passes,
+        "planned_passes": plan.passes,
+        "grid_passes": plan.grid_passes,
+        "share_of_grid": round(passes / plan.grid_passes, 5),
+    }
+
+
+def told(table: Table, images: int) -> dict[str, Any]:
+    rows = [{"tap": tap, **level.told(), "mean": round(v, 3)} for level, by in table.items() for tap, v in by.items()]
+    return {"images": images, "rows": rows}
+
+
+def highest(table: Table) -> Level:
+    return max(table, key=lambda level: max(table[level].values()))
+
+
+def higher(table: Table, levels: Sequence[Level], count: int) -> list[Level]:
+    """The ``count`` levels at which the best tap's smoothed curve is highest, in order; all before the first rung."""
+    if not table:
+        return list(levels)
+    curves = [smoothed([table[level][tap] for level in levels]) for tap in table[levels[0]]]
+    heights = [max(column) for column in zip(*curves, strict=True)]
+    chosen = sorted(range(len(levels)), key=lambda k: -heights[k])[:count]
+    return [levels[k] for k in sorted(chosen)]
+
+
+def not_behind(table: Table, taps: Sequence[str], images: int) -> list[str]:
+    """The taps whose highest point is not clearly below that of the best one.
+
+    Clearly: by ``CLEARLY`` standard errors of a difference of two binomial shares, the two taken as independent; on the
+    same images the true error is smaller.
+    """
+    tops = {tap: max(smoothed([row[tap] for row in table.values()])) for tap in taps}
+    best = max(tops.values())
+    error = 100 * math.sqrt(2 * max(best * (100 - best) / 1e4, 1 / images) / images)
+    return [tap for tap in taps if tops[tap] >= best - CLEARLY * error]
+
+
+def smoothed(curve: Sequence[float]) -> list[float]:
+    """Each point averaged with its neighbours, itself counting twice: few images make a rough curve."""
+    padded = [curve[0], *curve, curve[-1]]
+    return [(padded[k] + 2 * padded[k + 1] + padded[k + 2]) / 4 for k in range(len(curve))]
+
+
+def refine(searcher: Searcher, table: Table, by_sigma: Sequence[Level], taps: Sequence[str], images: int) -> Table:
+    """Golden section in log sigma, between the neighbours of the best level so far; what it measured."""
+    measured, refined = {level: {tap: row[tap] for tap in taps} for level, row in table.items()}, Table()
+    centre = highest(measured)
+    place = by_sigma.index(centre)
+    ends = by_sigma[max(place - 1, 0)], by_sigma[min(place + 1, len(by_sigma) - 1)]
+    bracket = tuple(math.log(level.sigma) for level in (ends[0], centre, ends[1]))
+    for _ in range(REFINEMENTS):
+        point = golden_point(bracket)
+        level = nearest_level(searcher.teacher.schedule, math.exp(point))
+        if level in measured:  # the schedule has no timestep between
+            break
+        measured[level] = refined[level] = searcher.scores(searcher.teacher, level, taps, images)
+        is_better = max(measured[level].values()) > max(measured[centre].values())
+        bracket, centre = narrowed(bracket, point, is_better), level if is_better else centre
+    return refined
+
+
+Bracket = tuple[float, ...]  # low, middle, high, in log sigma
+
+
+def golden_point(bracket: Bracket) -> float:
+    """The next point of a golden section: in the longer part, 0.382 of it away from the middle."""
+    low, middle, high = bracket
+    return middle + GOLDEN * (high - middle if high - middle > middle - low else low - middle)
+
+
+def narrowed(bracket: Bracket, point: float, is_better: bool) -> Bracket:
+    """The bracket around the higher of its middle and a new point inside it."""
+    low, middle, high = bracket
+    if is_better:
+        return (middle, point, high) if point > middle else (low, point, middle)
+    return (low, middle, point) if point > middle else (point, middle, high)
+
+
+def doubts(at: Level, by_sigma: Sequence[Level]) -> list[str]:
+    """What a reader should know: no maximum inside the range."""
+    if at not in (by_sigma[0], by_sigma[-1]):
+        return []
+    end = "lowest" if at == by_sigma[0] else "highest"
+    note = f"the best is at the {end} noise level searched, sigma {at.sigma:.3g}: the curve has no maximum inside"
+    falls = "; a curve that falls from the start may mean that the model memorises (arXiv 2502.05743)"
+    return [note + (falls if end == "lowest" else "; search further up")]

@@ -1,0 +1,126 @@
+"""The door that every diffusion model comes in by: a reference in, a frozen teacher out.
+
+What a reference may be is in :func:`load_teacher`; each family's own page builds it.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffrep.diffusion.schedules import schedule_from_diffusers
+from diffrep.errors import UserError
+from diffrep.frozen import dit, edm, official
+from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
+from diffrep.frozen.references import SourceOptions, split_reference
+from diffrep.randomness import seeded
+from diffrep.wordnet import label_of
+
+
+def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
+    """Load a frozen diffusion model.
+
+    Args:
+        reference: a diffusers folder or Hub id (a U-Net, a DiT, a text-to-image model), an official file of
+            guided-diffusion or DiT, a run folder of ours, ``python:module:factory`` (a callable that returns any
+            network of (x, timestep), an EDM-style network of (x, sigma), or a DiffusionTeacher), or
+            ``random:REFERENCE`` for the same architecture with untrained weights. Behind a ``?`` stands what the place
+            cannot tell: see :mod:`diffrep.frozen.references`.
+        allow_code: ``python:`` runs foreign code and is refused without it.
+
+    Raises:
+        UserError: nothing there, a corrupt or truncated file, a pickle that wants to run code, another architecture.
+    """
+    kind, _, rest = reference.partition(":")
+    if kind == "random":
+        return _from_preset(rest) or untrained(load_teacher(rest, allow_code))
+    if kind == "python":
+        return _from_factory(rest, allow_code)
+    place, options = split_reference(reference)
+    found = opened(place)
+    teacher = official.load(found, options) if found.path.is_file() else _from_folder(found, options)
+    if options.label is not None:
+        if teacher.num_classes is None:
+            raise UserError(f"{place} knows no classes: leave out label={options.label}")
+        teacher.given_class = label_of(options.label, teacher.num_classes)
+    return teacher
+
+
+def _from_folder(found: Opened, options: SourceOptions) -> DiffusionTeacher:
+    _, kind = part_of(found.path, "unet", "transformer")
+    if kind == "DiTTransformer2DModel":
+        return dit.load_folder(found, options)
+    if kind == "UNet2DConditionModel":
+        from diffrep.frozen import text_unet
+
+        return text_unet.load_folder(found, options)
+    return _unet(found, options)
+
+
+def _unet(found: Opened, options: SourceOptions) -> DiffusionTeacher:
+    options.only(("label",), f"{found.path}, a diffusers U-Net,")
+    unet = load_unet(found)
+    config, scheduler, null = unet.config, found.scheduler, found.card.get("null_class", True)
+    classes = config.get("num_class_embeds")
+    if not isinstance(config["sample_size"], int):
+        raise UserError(f"{found.path}: config.json has sample_size {config['sample_size']}, not one number of pixels")
+    return DiffusionTeacher(
+        unet,
+        name=found.name,
+        image_size=config["sample_size"],
+        in_channels=config["in_channels"],
+        schedule=schedule_from_diffusers(scheduler),
+        num_classes=classes - null if classes else None,
+        prediction=scheduler.get("prediction_type", "epsilon"),
+        licence=found.licence,
+        call_options={"return_dict": False},
+        labels_seen=found.card.get("labels_seen"),
+        null_class=null,
+    )
+
+
+def _from_preset(reference: str) -> DiffusionTeacher | None:
+    """A published architecture, untrained, without the Hub."""
+    with seeded(0, "untrained teacher"):
+        teacher, built = official.untrained(reference), preset_unet(reference)
+    if built is None:
+        return teacher
+    unet, licence = built
+    size, channels = unet.config["sample_size"], unet.config["in_channels"]
+    return DiffusionTeacher(
+        unet, f"untrained {reference}", size, channels, licence=licence, call_options={"return_dict": False}
+    )
+
+
+def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
+    """The control every claim needs: the same network before training (each layer's own initialisation)."""
+    with seeded(seed, "untrained teacher"):
+        for module in teacher.module.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise UserError(f"random: a {type(module).__name__} of {teacher.name} has no reset_parameters()")
+    vars(teacher).pop("sha256", None)  # of the trained weights, where it was asked for before
+    teacher.name = f"untrained {teacher.name}"
+    return teacher
+
+
+def _from_factory(path: str, allow_code: bool) -> DiffusionTeacher:
+    factory = foreign_factory(path, allow_code)
+    try:
+        made = factory()
+    except Exception as error:  # whatever foreign code raises is the foreign code's
+        raise UserError(f"python:{path} raised {type(error).__name__}: {error}") from error
+    if isinstance(made, DiffusionTeacher):
+        return made
+    if not isinstance(made, nn.Module):
+        raise UserError(f"python:{path} returned a {type(made).__name__}, not a torch module or a DiffusionTeacher")
+    size = getattr(made, "image_size", None) or getattr(made, "img_resolution", None)
+    if not isinstance(size, int):
+        raise UserError(
+            f"python:{path}: give the module an attribute image_size (pixels), or return a DiffusionTeacher"
+        )
+    if edm.is_preconditioned(made):
+        return edm.edm_teacher(made, size, name=f"python:{path}")
+    return DiffusionTeacher(made, f"python:{path}", size, getattr(made, "in_channels", 3))
