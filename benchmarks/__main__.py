@@ -1,28 +1,54 @@
-"""``python -m benchmarks [NAME ...]``: one JSON line per measurement, then the table."""
+"""``python -m benchmarks [NAME ...]``: one JSON line per measurement, then the table; other rooms keep their rows."""
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks import alternation, augmentation, distillation_step, kd_step, startup, synthesis, teacher_pass
+from benchmarks import (
+    alternation,
+    augmentation,
+    distillation_step,
+    kd_step,
+    published_teachers,
+    startup,
+    synthesis,
+    teacher_pass,
+)
 from diffrep import _torchvision_compat
+from diffrep.files import read_json, write_json
 from diffrep.words import table
 
-ROOMS = (startup, teacher_pass, augmentation, distillation_step, synthesis, kd_step, alternation)
+ROOMS = (
+    startup,
+    teacher_pass,
+    published_teachers,
+    augmentation,
+    distillation_step,
+    synthesis,
+    kd_step,
+    alternation,
+)
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
+OUT = Path("runs") / "benchmarks.json"
 
 
 def main(names: list[str]) -> None:
     _torchvision_compat.install()
-    found = [entry for name in names or BENCHMARKS for entry in BENCHMARKS[name].measure()]
+    found = [entry for name in names or BENCHMARKS for entry in _measured(name)]
     rows = [[e["name"], e["rival"], e["ours"], e["theirs"], f"{e['ratio']:.2f}x", e["unit"]] for e in found]
     print("\n" + table(["ours", "rival", "our cost", "its cost", "ratio", "unit"], rows))
-    out = Path("runs") / "benchmarks.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"machine": platform.machine(), "measurements": found}, indent=2) + "\n")
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    """One room's rows, written in place of those it had."""
+    rows = BENCHMARKS[name].measure()
+    known = (read_json(OUT).get("rooms", {}) if OUT.exists() else {}) | {name: rows}
+    rooms = {room: known[room] for room in BENCHMARKS if room in known}
+    write_json(OUT, {"machine": platform.machine(), "rooms": rooms})
+    return rows
 
 
 main(sys.argv[1:])

@@ -136,16 +136,17 @@ def verdict(differences: list[float]) -> str:
 
 
 def benchmarks_page(found: dict[str, Any]) -> str:
-    """The table that ``make bench`` printed last."""
+    """The rows that each room of ``make bench`` printed last."""
+    measured = [entry for rows in found["rooms"].values() for entry in rows]
     head = "| ours | rival | our cost | its cost | ratio | unit |\n|---|---|---|---|---|---|"
     rows = [
         f"| {e['name']} | {e['rival']} | {e['ours']:.3f} | {e['theirs']:.3f} | {e['ratio']:.2f}x | {e['unit']} |"
-        for e in found["measurements"]
+        for e in measured
     ]
     shares = [
         f"- {e['name']}: {100 * e['multiply_adds_share']:.1f} % of the multiply-adds ({amount(e['multiply_adds'])} of "
         f"{amount(e['multiply_adds_full'])}), {100 * e['cpu_share']:.1f} % of the CPU time"
-        for e in found["measurements"]
+        for e in measured
         if "multiply_adds_share" in e
     ]
     words = "Made by `make bench`: one process, one thread, process CPU time, minimum of several repeats taken in turn."

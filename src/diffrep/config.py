@@ -66,6 +66,8 @@ def _first_complaint(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key '{path}'; {nearest(str(problem['loc'][-1]), beside)}{more}"
     if problem["type"] == "missing":
         return f"{path} is missing{more}"
+    if not problem["loc"]:  # a rule about several settings, which its words name
+        return f"{_plain(problem['msg'])}{more}"
     return f"{path} = {_shown(problem['input'])}: {_plain(problem['msg'])}{more}"
 
 

@@ -310,7 +310,7 @@ def test_a_batch_that_is_split_gives_the_same(latent_teacher):
 def test_the_vae_is_shown_few_images_at_once_where_memory_is_short(latent_teacher, vae):
     expected = latent_teacher.normalise(images(5))
     latent_teacher.passes = PassConfig(memory_mb=1)
-    latent_teacher._encoder_bytes = 400_000
+    latent_teacher.encoder.peak_bytes = 400_000
     seen = []
     handle = vae.module.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     torch.testing.assert_close(latent_teacher.normalise(images(5)), expected)

@@ -14,7 +14,6 @@ from diffrep.models.dit_files import (
     build,
     dit_config,
     dit_weights,
-    fitted,
     from_diffusers,
     looks_like_dit,
     to_diffusers,
@@ -120,13 +119,13 @@ def test_what_does_not_fit_is_named_and_counted():
     blocks = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
     message = refused(build, config, blocks, "my.pt")
     first = ", ".join(name for name in state if name.startswith("blocks.1."))
-    assert "my.pt does not fit a DiT of this size: 10 missing (" in message
+    assert "my.pt: tensors do not fit: 10 missing (" in message
     assert f"({', '.join(first.split(', ')[:5])}, ...)" in message
-    assert "1 left over (extra)" in refused(fitted, config, state | {"extra": torch.ones(1)}, "f")
+    assert "1 left over (extra)" in refused(build, config, state | {"extra": torch.ones(1)}, "f")
     shape = "1 of another shape (final_layer.linear.bias (3,) not (32,))"
-    assert shape in refused(fitted, config, state | {"final_layer.linear.bias": torch.ones(3)}, "f")
+    assert shape in refused(build, config, state | {"final_layer.linear.bias": torch.ones(3)}, "f")
     whole = state | {"final_layer.linear.bias": torch.ones(32, dtype=torch.int64)}
-    assert "1 no weights (final_layer.linear.bias)" in refused(fitted, config, whole, "f")
+    assert "1 no weights (final_layer.linear.bias)" in refused(build, config, whole, "f")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ FIVE = ", ".join(
         (put("label_emb.weight"), "shapes that no"),
         (put("label_emb.weight", 5, 4), r"label_emb.weight \(5, 4\) instead of \(5, 128\)"),
         (put("out.2.weight", 5, 32, 3, 3), "out_channels 5 does not fit; valid: 3 or"),
-        (put("out.0.weight", 32, dtype=torch.int64), r"out.0.weight cannot be weights \(torch.int64\)"),
+        (put("out.0.weight", 32, dtype=torch.int64), r"1 no weights \(out.0.weight\)"),
         (without("out.2.weight"), "lacks out.2.weight"),
         (without("time_embed."), "lacks time_embed.0.weight"),
         (lambda state: {}, "lacks time_embed.0.weight"),

@@ -87,8 +87,8 @@ class NoiseSchedule:
 
     def step_at(self, alpha_bar: float) -> int:
         """The step whose noise level is nearest to ``alpha_bar``, by log sigma; beyond the ends it is the end."""
-        kept = np.clip(self.alphas_cumprod, 1e-12, 1 - 1e-12)
-        return int(np.abs(np.log((1 - kept) / kept) - math.log((1 - alpha_bar) / alpha_bar)).argmin())
+        here, wanted = np.clip(self.alphas_cumprod, 1e-12, 1 - 1e-12), min(max(alpha_bar, 1e-12), 1 - 1e-12)
+        return int(np.abs(np.log((1 - here) / here) - math.log((1 - wanted) / wanted)).argmin())
 
     def posterior_weights(self, step: int) -> tuple[float, float]:
         """The weights of x_0 and x_t in the mean of q(x_(t-1) | x_t, x_0) (Ho et al. 2020, equation 7)."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep import _torchvision_compat, counting, taps
 from diffrep.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
@@ -27,6 +27,7 @@ from diffrep.files import read_json
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, folder_weights, library_network, opened, part_of
+from diffrep.frozen.latents import LatentEncoder
 from diffrep.frozen.references import SourceOptions
 from diffrep.models.dit import EPS, DiT, modulated
 from diffrep.models.dit_files import PRESETS, build, dit_config, dit_weights, from_diffusers, looks_like_dit
@@ -58,11 +59,11 @@ class DiTTeacher(DiffusionTeacher):
         licence: str = "unknown",
         labels_seen: dict[str, int] | None = None,
     ) -> None:
-        config = network.config
+        config, encoder = network.config, LatentEncoder(vae, network.config.input_size) if vae else None
         super().__init__(
             network,
             name,
-            image_size=config.input_size * (_factor(vae) if vae else 1),
+            image_size=encoder.pixels if encoder else config.input_size,
             in_channels=config.in_channels,
             schedule=schedule,
             num_classes=config.num_classes,
@@ -71,9 +72,9 @@ class DiTTeacher(DiffusionTeacher):
             labels_seen=labels_seen,
             null_class=config.has_null_class,
         )
-        self.vae, self.massive = vae, dict[str, list[int]]()
-        if vae is not None and vae.module.config.latent_channels != config.in_channels:
-            found = f"{vae.name} makes latents of {vae.module.config.latent_channels} channels"
+        self.vae, self.encoder, self.massive = vae, encoder, dict[str, list[int]]()
+        if encoder is not None and encoder.channels != config.in_channels:
+            found = f"{encoder.vae.name} makes latents of {encoder.channels} channels"
             raise UserError(f"{found}, and {name} reads {config.in_channels}: give the VAE it was trained with")
 
     @property
@@ -96,39 +97,17 @@ class DiTTeacher(DiffusionTeacher):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, 4, H / 8, W / 8), scaled; or pixels in [-1, 1] without a VAE."""
-        if self.vae is None and self.in_channels not in (1, 3):
+        if self.encoder is None and self.in_channels not in (1, 3):
             raise UserError(f"{self.name} reads latents: name its VAE, {self.name}?vae=FOLDER")
-        if self.vae is None:
+        if self.encoder is None:
             return super().normalise(images)
         self.check_size(images.shape[-2], images.shape[-1])
-        return torch.cat([self._latents(part) for part in images.split(self._encoded_at_once(len(images)))])
-
-    def _latents(self, images: Tensor) -> Tensor:
-        assert self.vae is not None
-        self.vae.follow(images)
-        vae = self.vae.module
-        return vae.encode(images * 2 - 1, return_dict=False)[0].mode() * vae.config.scaling_factor
-
-    def _encoded_at_once(self, batch: int) -> int:
-        if self.passes.memory_mb is None:
-            return max(batch, 1)
-        return max(1, self.passes.memory_mb * 1_000_000 // self._encoder_bytes)
-
-    @cached_property
-    def _encoder_bytes(self) -> int:
-        return counting.peak_bytes(self._encoding()) if self.vae else 0
-
-    def _encoding(self) -> Callable[[], Any]:
-        """One image through the VAE's encoder, on paper."""
-        assert self.vae is not None
-        vae = self.vae.module
-        encoder = nn.Sequential(*[part for part in (vae.encoder, vae.quant_conv) if part is not None])
-        return counting.on_meta(encoder, torch.zeros(1, 3, self.pixels, self.pixels))
+        return self.encoder.latents(images, self.passes.memory_mb)
 
     @property
     def encoder_multiply_adds(self) -> int:
         """Counted multiply-adds of the VAE for one image, besides those of :meth:`multiply_adds`."""
-        return counting.multiply_adds(self._encoding()) if self.vae else 0
+        return self.encoder.multiply_adds if self.encoder else 0
 
     # Taps
 
@@ -203,7 +182,7 @@ class DiTTeacher(DiffusionTeacher):
     def peak_bytes(self, taps: Sequence[str]) -> int:
         """Most bytes that one image holds at once, in the VAE or in the network."""
         network = super().peak_bytes([_module(self.tap(name).name) for name in taps])
-        return max(network, self._encoder_bytes)
+        return max(network, self.encoder.peak_bytes) if self.encoder else network
 
     def keep_only(self, taps: Sequence[str]) -> None:
         """As :meth:`DiffusionTeacher.keep_only`; of the layer that reads a block its modulation stays."""
@@ -283,11 +262,6 @@ def load_vae(reference: str) -> FrozenModule:
     from diffusers import AutoencoderKL
 
     return FrozenModule(library_network(AutoencoderKL, inner, str(found.path)), found.name, found.licence)
-
-
-def _factor(vae: FrozenModule) -> int:
-    """Pixels per cell and side."""
-    return 2 ** (len(vae.module.config.block_out_channels) - 1)
 
 
 def is_checkpoint(checkpoint: Any) -> bool:

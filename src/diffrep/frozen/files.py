@@ -53,15 +53,29 @@ def opened(reference: str) -> Opened:
         UserError: nothing there, an unfinished run, a run that is no diffusion model.
     """
     path, known = located(reference), assets.find(reference)
+    path = path if path.exists() or known is None else assets.local(known) or path
     if path.is_file():
-        return Opened(path, path.name, known.licence if known else "unknown")
+        return _known(Opened(path, path.name), known)
     if path.is_dir():
-        return _opened_folder(path)
+        return _known(_opened_folder(path), known)
+    if known is not None and known.source != "hub":
+        raise UserError(
+            f"{known.key} is not here: diffrep assets fetch {known.key}, or put it at {assets.expected_path(known)}"
+        )
     if not assets.looks_like_hub_id(reference):
         raise UserError(f"teacher '{reference}' is neither a folder here nor a Hub id of the form OWNER/NAME")
     if known is None and (path.parts[0] == "runs" or path.parent.is_dir()):
         raise UserError(f"teacher '{reference}': no such folder here; train it first, or give a Hub id (OWNER/NAME)")
     return _from_hub(reference)
+
+
+def _known(found: Opened, known: assets.Asset | None) -> Opened:
+    """With the licence and the hash that a published file has, which is recorded at its first use."""
+    if known is None:
+        return found
+    assets.check_or_record(found.path, known)
+    licence = known.licence if found.licence == "unknown" else found.licence
+    return Opened(found.path, found.name, licence, found.card)
 
 
 def _opened_folder(folder: Path) -> Opened:
@@ -74,9 +88,7 @@ def _opened_folder(folder: Path) -> Opened:
         return Opened(folder, card.get("name", name), card.get("licence", "unknown"), card)
     if (folder / CARD).exists():
         card = read_json(folder / CARD)
-    known = assets.find(folder.name)
-    licence = card.get("licence") or (known.licence if known else "unknown")
-    return Opened(folder, folder.name, licence, card)
+    return Opened(folder, folder.name, card.get("licence", "unknown"), card)
 
 
 def part_of(folder: Path, *names: str) -> tuple[Path, str | None]:

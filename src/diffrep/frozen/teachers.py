@@ -9,7 +9,7 @@ from torch import nn
 
 from diffrep.diffusion.schedules import schedule_from_diffusers
 from diffrep.errors import UserError
-from diffrep.frozen import dit, edm, official
+from diffrep.frozen import dit, edm, official, text_unet
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
 from diffrep.frozen.references import SourceOptions, split_reference
@@ -51,8 +51,6 @@ def _from_folder(found: Opened, options: SourceOptions) -> DiffusionTeacher:
     if kind == "DiTTransformer2DModel":
         return dit.load_folder(found, options)
     if kind == "UNet2DConditionModel":
-        from diffrep.frozen import text_unet
-
         return text_unet.load_folder(found, options)
     return _unet(found, options)
 
@@ -102,6 +100,8 @@ def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
             elif any(True for _ in module.parameters(recurse=False)):
                 raise UserError(f"random: a {type(module).__name__} of {teacher.name} has no reset_parameters()")
     vars(teacher).pop("sha256", None)  # of the trained weights, where it was asked for before
+    if isinstance(teacher, dit.DiTTeacher):
+        teacher.massive.clear()
     teacher.name = f"untrained {teacher.name}"
     return teacher
 

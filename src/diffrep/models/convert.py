@@ -81,6 +81,29 @@ def fitted(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: st
     return {name: found[name] if name in found else torch.zeros_like(value) for name, value in wanted.items()}
 
 
+def whole(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """``state`` in the order of ``wanted``, whose names it has already.
+
+    Raises:
+        UserError: tensors that are missing, left over, of another shape, or no weights; they are counted and the
+            first five of them named.
+    """
+    both = [name for name in wanted if name in state]
+    parts = {
+        "missing": [name for name in wanted if name not in state],
+        "left over": [name for name in state if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in both
+            if state[name].shape != wanted[name].shape
+        ],
+        "no weights": [n for n in both if not state[n].is_floating_point() or state[n].layout != torch.strided],
+    }
+    if wrong := [f"{len(names)} {what} ({some(names, 5)})" for what, names in parts.items() if names]:
+        raise UserError(f"{origin}: tensors do not fit: {'; '.join(wrong)}")
+    return {name: state[name] for name in wanted}
+
+
 def some(names: Iterable[str], limit: int = 3) -> str:
     """The first names, in one line."""
     names = [" ".join(name.split())[:60] for name in names]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffrep.config import validate
 from diffrep.errors import UserError
-from diffrep.models.convert import some, unwrap
+from diffrep.models.convert import some, unwrap, whole
 from diffrep.models.dit import EPS, DiT, DiTConfig, position_table
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width D, of the official XL, L, B and S
@@ -115,35 +115,19 @@ def _fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def fitted(config: DiTConfig, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """``state`` in the order of the network, once it was seen that it is whole.
-
-    Raises:
-        UserError: tensors that are missing, left over, of another shape, or no numbers; the first five are named.
-    """
+def on_paper(config: DiTConfig) -> dict[str, Tensor]:
+    """Names and shapes of the network, without its memory."""
     with torch.device("meta"):
-        wanted = DiT(config).state_dict()
-    both = [name for name in wanted if name in state]
-    other = [name for name in both if state[name].shape != wanted[name].shape]
-    parts = {
-        "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in state if name not in wanted],
-        "of another shape": [f"{n} {tuple(state[n].shape)} not {tuple(wanted[n].shape)}" for n in other],
-        "no weights": [n for n in both if not state[n].is_floating_point() or state[n].layout != torch.strided],
-    }
-    wrong = [f"{len(names)} {what} ({some(names, 5)})" for what, names in parts.items() if names]
-    if wrong:
-        raise UserError(f"{origin} does not fit a DiT of this size: {'; '.join(wrong)}")
-    return {name: state[name] for name in wanted}
+        return DiT(config).state_dict()
 
 
 def build(config: DiTConfig, state: Mapping[str, Tensor], origin: str) -> DiT:
     """The network with these weights in float32; those that already are stay where they lie in memory.
 
     Raises:
-        UserError: see :func:`fitted`.
+        UserError: tensors that do not fit.
     """
-    weights = {name: value.float() for name, value in fitted(config, state, origin).items()}
+    weights = {name: value.float() for name, value in whole(state, on_paper(config), origin).items()}
     with torch.device("meta"):
         network = DiT(config)
     network.load_state_dict(weights, assign=True)
@@ -184,7 +168,7 @@ def to_diffusers(config: DiTConfig, state: Mapping[str, Tensor]) -> tuple[dict[s
     Raises:
         UserError: tensors that do not fit the config; a network that diffusers cannot express.
     """
-    state = fitted(config, state, "the state dict")
+    state = whole(state, on_paper(config), "the state dict")
     if config.mlp_width != 4 * config.hidden_size or not config.has_null_class:
         raise UserError("diffusers' DiT has an MLP of four times the width and a null class; this one has not")
     if not _is_table(config, state["pos_embed"]):
@@ -231,7 +215,7 @@ def from_diffusers(
     if left := sorted(set(state) - _their_names(ours)):
         raise UserError(f"{origin} has {len(left)} unexplained tensors ({some(left, 5)})")
     table = position_table(ours.hidden_size, ours.grid[0])[None].to(found["x_embedder.proj.weight"])
-    return ours, fitted(ours, found | {"pos_embed": table}, origin)
+    return ours, whole(found | {"pos_embed": table}, on_paper(ours), origin)
 
 
 def _names(config: DiTConfig) -> dict[str, str]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffrep.config import Config, validate
 from diffrep.errors import UserError
-from diffrep.models.guided_files import fitted, on_paper
+from diffrep.models.convert import whole
+from diffrep.models.guided_files import on_paper
 from diffrep.models.guided_unet import GROUPS, AttentionOrder, GuidedUNetConfig
 
 Resampling = Literal["conv", "resnet"]
@@ -87,7 +88,7 @@ def to_diffusers(
         UserError: tensors that do not fit the config, or a network that diffusers cannot express.
     """
     words = _words(config, origin).model_dump() | FIXED
-    return words, _renamed(config, fitted(state, on_paper(config), origin))
+    return words, _renamed(config, whole(state, on_paper(config), origin))
 
 
 def _words(config: GuidedUNetConfig, origin: str) -> UNetWords:
@@ -222,7 +223,7 @@ def from_diffusers(
         UserError: a U-Net that is none of guided-diffusion, or tensors that do not fit its config.
     """
     config = validate(GuidedUNetConfig, _fields(unet_config, origin) | {"attention_order": attention_order}, origin)
-    theirs = fitted(state, _renamed(config, on_paper(config)), origin)
+    theirs = whole(state, _renamed(config, on_paper(config)), origin)
     table, found = dict(_modules(config)), {}
     for name, wanted in on_paper(config).items():
         ours, _, kind = name.rpartition(".")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffrep.config import Config, validate
 from diffrep.errors import UserError
-from diffrep.models.convert import some
+from diffrep.models.convert import whole
 from diffrep.models.guided_unet import AttentionOrder, GuidedUNet, GuidedUNetConfig
 
 NAMED = 5  # tensors, in a refusal
@@ -119,8 +119,6 @@ def guided_config(state: Mapping[str, Tensor], unseen: GuidedUnseen, origin: str
             or heads that do not fit.
     """
     _refuse_relatives(state, origin)
-    if strange := [name for name, value in state.items() if not value.is_floating_point()]:
-        raise UserError(f"{origin}: {some(strange, NAMED)} cannot be weights ({state[strange[0]].dtype})")
     try:
         seen = _seen(state)
     except KeyError as error:
@@ -129,7 +127,7 @@ def guided_config(state: Mapping[str, Tensor], unseen: GuidedUnseen, origin: str
         raise UserError(f"{origin} has tensors of shapes that no guided-diffusion U-Net has") from None
     said = unseen.model_dump(exclude_none=True, exclude={"noise_schedule"})
     config = validate(GuidedUNetConfig, seen | said, origin)
-    fitted(state, on_paper(config), origin)
+    whole(state, on_paper(config), origin)
     return config
 
 
@@ -170,7 +168,7 @@ def _levels(state: Mapping[str, Tensor]) -> tuple[int, int]:
     """(blocks per level, levels), by the way up: the last block of a level, and no other, ends in a larger map.
 
     Where growing needs no tensors, shrinking needs none either: the first block without any ends the first level. A
-    block that is lost or too many is left for :func:`fitted` to name.
+    block that is lost or too many is left for :func:`whole` to name.
     """
     blocks, ups = _numbers(state, r"output_blocks\.(\d+)\."), _ups(state, "(?:in_layers|conv)")
     inputs = _numbers(state, r"input_blocks\.(\d+)\.")
@@ -192,21 +190,3 @@ def on_paper(config: GuidedUNetConfig) -> dict[str, Tensor]:
     """Names and shapes of the network, without its memory."""
     with torch.device("meta"):
         return GuidedUNet(config).state_dict()
-
-
-def fitted(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """``state`` in the order of ``wanted``.
-
-    Raises:
-        UserError: tensors are missing, left over or of another shape; they are counted and the first of them named.
-    """
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    missing, left_over = [n for n in wanted if n not in state], [n for n in state if n not in wanted]
-    parts = {"missing": missing, "left over": left_over, "of another shape": misshapen}
-    if wrong := [f"{len(names)} {what} ({some(names, NAMED)})" for what, names in parts.items() if names]:
-        raise UserError(f"{origin}: tensors do not fit: {'; '.join(wrong)}")
-    return {name: state[name] for name in wanted}
