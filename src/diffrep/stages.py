@@ -44,6 +44,7 @@ from diffrep.recipes.base import (
     to_yaml,
 )
 from diffrep.training.run import RunDir
+from diffrep.wordnet import labels_among
 
 SWEEP, LEVELS, BEST = "sweep.json", "levels.json", "best.yaml"  # of a probe
 COST, MENDED = "cost.json", "mended.png"
@@ -94,16 +95,26 @@ def _features(task: FeatureTask, allow_code: bool) -> Work:
     teacher = _checked_teacher(task.teacher, task.features.taps, task.features.timesteps, allow_code)
     views = _Views(task.data, task.split, task.features.block_size, task.seed)
     teacher.check_size(*views.images.image_size)
+    labels = _told(teacher, views.images) if task.features.condition else None
+    teacher.keep_only(task.features.taps)
 
     def work(run_dir: Path, progress: Report, stop: Stop) -> dict[str, Any]:
         manifest = write_features(
             run_dir, teacher, task.features, views, len(views.images), views.count, views.source, task.seed,
-            progress, stop,
+            progress, stop, labels,
         )  # fmt: skip
         passes = views.total * len(task.features.timesteps)
         return {"shapes": manifest["shapes"], **_about(teacher, task.features.taps, passes)}
 
     return work
+
+
+def _told(teacher: DiffusionTeacher, images: ImageSet) -> Tensor:
+    """The teacher's class of each image, (N,)."""
+    if teacher.num_classes is None or images.labels is None:
+        without = images.name if images.labels is None else teacher.name
+        raise UserError(f"condition 'labels': {without} knows no classes")
+    return torch.tensor(labels_among(images.classes, teacher.num_classes))[images.labels]
 
 
 def _answers(task: AnswerTask, allow_code: bool) -> Work:

@@ -98,7 +98,7 @@ def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> None:
         _release(handles)
     dropped = [(parent, name, part) for parent, name, part in _unreached(network, reached)]
     for parent, name, _ in dropped:
-        setattr(parent, name, _Dropped())
+        setattr(parent, name, _Dropped().eval())
     try:
         run()
     except AttributeError:

@@ -39,14 +39,17 @@ def label_of(text: str, num_classes: int) -> int:
 
 
 def labels_among(classes: Sequence[str], num_classes: int) -> tuple[int, ...]:
-    """For each class of a data set its label in a network of ``num_classes``, by WordNet id.
+    """For each class of a data set its label in a network of ``num_classes``.
 
-    Position says nothing: class 0 of Tiny-ImageNet is not class 0 of ImageNet.
+    As many classes are taken for the same ones; else WordNet ids decide. Position says nothing: class 0 of
+    Tiny-ImageNet is not class 0 of ImageNet.
 
     Raises:
         UserError: the classes are not WordNet ids, or not those the network knows.
     """
-    if num_classes != 1000 or not all(map(is_wordnet_id, classes)):
+    if len(classes) == num_classes:
+        return tuple(range(num_classes))
+    if num_classes != len(official_ids()) or not all(map(is_wordnet_id, classes)):
         known = f"{len(classes)} classes ({', '.join(classes[:3])}, ...)"
         raise UserError(f"{known} cannot be mapped onto the network's {num_classes}: both must be WordNet ids")
     place = {name: label for label, name in enumerate(official_ids())}

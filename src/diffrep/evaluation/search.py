@@ -5,8 +5,9 @@ halving: Jamieson and Talwalkar 2016). Between the neighbours of the level that 
 looks for a better one (Kiefer 1953). Taps cost no passes of their own, so only those clearly behind are dropped, and
 the last word between the others is spoken on many images at one level: with few labels another tap may lead.
 
-Three things make few images enough. A pair is scored by leaving out one training image at a time, so every image both
-teaches and tests. All pairs see the same images with the same noise, those of a rung among those of the next. And test
+Few images make rough curves, so they are used well. A pair is scored by leaving out one training image at a time:
+every image both teaches and tests. All pairs see the same images with the same noise; those of a rung are among those
+of the next and are not read again. Levels are compared by the mean over the taps, smoothed along log sigma. And test
 images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
 for models that generalise (arXiv 2502.05743).
 """
@@ -19,13 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from diffrep.data.datasets import label_subset
 from diffrep.errors import UserError
 from diffrep.evaluation.kept import Kept
 from diffrep.evaluation.levels import Level, last_of, nearest_level
 from diffrep.evaluation.probe import left_out_accuracy
 from diffrep.evaluation.streaming import Chosen, Tick, teacher_reader
-from diffrep.evaluation.sweep import Bench, gathered, labelled
+from diffrep.evaluation.sweep import Bench, gathered
 from diffrep.frozen.diffusion import DiffusionTeacher
 
 GRID_LEVELS = 20  # of the grid that the cost is a share of
@@ -34,6 +37,7 @@ LEAST_PER_CLASS = 2  # images of the first rung
 MOST_IMAGES, MOST_PER_CLASS = 8192, 32  # of the last rung, whatever the budget: its features are held in memory
 GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
 CLEARLY = 2.0  # standard errors of a difference that a tap may lie behind
+BANDWIDTH = 0.7  # of the smoothing, in log sigma: of the default levels 1.2 of their distance
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        return sum(images * levels for images, levels in self.rungs)
+        """A level that stays is read on the new images only."""
+        *halving, (more, added), (most, _) = self.rungs
+        before = [0, *(images for images, _ in halving)]
+        grown = sum((images - had) * count for had, (images, count) in zip(before, halving, strict=False))
+        return grown + more * added + most - more
 
     @property
     def control_passes(self) -> int:
@@ -58,7 +66,7 @@ class Plan:
 
 
 def plan_of(bench: Bench, levels: int) -> Plan:
-    """Half of the budget for the last rung, the other half for all before.
+    """At most half of the budget for the last rung, the rest for all before.
 
     Raises:
         UserError: fewer than three levels; a budget that leaves too few images to compare by.
@@ -67,10 +75,11 @@ def plan_of(bench: Bench, levels: int) -> Plan:
         raise UserError(f"a search needs at least 3 noise levels to start from, not {levels}")
     config, grid, classes = bench.config, GRID_LEVELS * bench.passes, bench.num_classes
     most = min(len(bench.train), max(MOST_IMAGES, MOST_PER_CLASS * classes))
-    last = min(int(config.budget * grid / 2), most)
+    budget = int(config.budget * grid)
+    last = min(budget // 2, most)
     shape = ((1, levels), (2, -(-levels // 2)), (4, 2), (4, REFINEMENTS))
-    units = sum(images * count for images, count in shape)
-    first = min(int((config.budget * grid - last) / units), most // 5)
+    units = Plan((*shape, (4, 1)), grid).passes  # of the first rung's images; the last rung adds what goes beyond 4
+    first = min((budget - last) // (units - 4), last // 5)
     least = LEAST_PER_CLASS * classes
     if first < least:
         told = f"{max(first, 0)} images at each of {levels} noise levels are too few for {classes} classes"
@@ -83,29 +92,43 @@ Table = dict[Level, dict[str, float]]  # level -> tap -> left-out accuracy in pe
 
 
 class Searcher:
-    """Measures pairs, and counts what that takes."""
+    """Measures pairs on the first images of one label draw, and counts what that takes."""
 
     def __init__(self, teacher: DiffusionTeacher, bench: Bench, device: torch.device, kept: Kept, tick: Tick) -> None:
         self.teacher, self.bench, self.device, self.kept, self.tick = teacher, bench, device, kept, tick
         self.passes = self.multiply_adds = 0
+        self.counted: dict[tuple[str, int], int] = {}  # (network, timestep) -> images that went through it
+        self.held: dict[tuple[str, int], tuple[Tensor, dict[str, Tensor]]] = {}  # positions and features read so far
 
     def table(self, levels: Sequence[Level], taps: Sequence[str], images: int) -> Table:
-        """Every pair, on the same images."""
+        """Every pair, on the same images; what was read at other levels is let go."""
+        stay = {(self.teacher.name, level.timestep) for level in levels}
+        self.held = {key: found for key, found in self.held.items() if key in stay}
         return {level: self.scores(self.teacher, level, taps, images) for level in levels}
 
     def scores(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
         """Tap -> left-out accuracy on the first ``images`` training images of the label draw."""
-        self.passes += images
-        self.multiply_adds += images * teacher.multiply_adds(last_of(teacher, taps))
+        key = teacher.name, level.timestep
+        new = max(images - self.counted.get(key, 0), 0)
+        self.counted[key] = self.counted.get(key, 0) + new
+        self.passes += new
+        self.multiply_adds += new * teacher.multiply_adds(last_of(teacher, taps))
         name = f"{teacher.name}, t={level.timestep}, {images} images"
         return self.kept.once(name, lambda: self._measured(teacher, level, taps, images))
 
     def _measured(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
-        bench, config = self.bench, self.bench.config
-        chosen = Chosen(bench.train.images, labelled(bench.train.images, images, bench.seed))
+        bench, config, key = self.bench, self.bench.config, (teacher.name, level.timestep)
+        train = bench.train.images
+        assert train.labels is not None  # refused before
+        before, had = self.held.get(key, (torch.empty(0, dtype=torch.int64), {}))
+        new = label_subset(train.labels, images, bench.seed)[len(before) :].sort().values
         read = teacher_reader(teacher, level.timestep, taps, config.pool, config.noise, bench.seed, self.device)
-        found, labels = gathered(read, chosen, self.tick), chosen.labels(chosen.positions)
-        return {tap: left_out_accuracy(found[tap], labels, bench.num_classes) for tap in taps}
+        found = gathered(read, Chosen(train, new), self.tick)
+        joined = {tap: torch.cat([had[tap], x]) if had else x for tap, x in found.items()}
+        positions = torch.cat([before, new])
+        self.held[key] = positions, joined
+        labels = train.labels.cpu()[positions]
+        return {tap: left_out_accuracy(joined[tap], labels, bench.num_classes) for tap in taps}
 
 
 def search(
@@ -125,13 +148,13 @@ def search(
     *halving, (more, _), (most, _) = plan.rungs
     rungs, table, left = [], Table(), by_sigma
     for images, count in halving:
-        left = higher(table, left, count)
+        left = higher(table, taps, count) if table else left
         table = searcher.table(left, taps, images)
         rungs.append(told(table, images))
         taps = not_behind(table, taps, images)
     refined = refine(searcher, table, by_sigma, taps, more)
     rungs.append(told(refined, more))
-    at = highest(refined | {level: {tap: row[tap] for tap in taps} for level, row in table.items()})
+    (at,) = higher(table | refined, taps, 1)
     rungs.append(told(searcher.table([at], taps, most), most))
     best, passes = max(rungs[-1]["rows"], key=lambda row: row["mean"]), searcher.passes
     control = told({at: searcher.scores(untrained, at, taps, most)}, most)["rows"] if untrained else []
@@ -152,18 +175,16 @@ def told(table: Table, images: int) -> dict[str, Any]:
     return {"images": images, "rows": rows}
 
 
-def highest(table: Table) -> Level:
-    return max(table, key=lambda level: max(table[level].values()))
-
-
-def higher(table: Table, levels: Sequence[Level], count: int) -> list[Level]:
-    """The ``count`` levels at which the best tap's smoothed curve is highest, in order; all before the first rung."""
-    if not table:
-        return list(levels)
-    curves = [smoothed([table[level][tap] for level in levels]) for tap in table[levels[0]]]
-    heights = [max(column) for column in zip(*curves, strict=True)]
-    chosen = sorted(range(len(levels)), key=lambda k: -heights[k])[:count]
+def higher(table: Table, taps: Sequence[str], count: int) -> list[Level]:
+    """The ``count`` levels where the mean over the taps is highest once smoothed, in order of sigma."""
+    levels = sorted(table, key=lambda level: level.sigma)
+    curve = smoothed([math.log(level.sigma) for level in levels], [mean_over(table, level, taps) for level in levels])
+    chosen = sorted(range(len(levels)), key=lambda k: -curve[k])[:count]
     return [levels[k] for k in sorted(chosen)]
+
+
+def mean_over(table: Table, level: Level, taps: Sequence[str]) -> float:
+    return sum(table[level][tap] for tap in taps) / len(taps)
 
 
 def not_behind(table: Table, taps: Sequence[str], images: int) -> list[str]:
@@ -172,32 +193,45 @@ def not_behind(table: Table, taps: Sequence[str], images: int) -> list[str]:
     Clearly: by ``CLEARLY`` standard errors of a difference of two binomial shares, the two taken as independent; on the
     same images the true error is smaller.
     """
-    tops = {tap: max(smoothed([row[tap] for row in table.values()])) for tap in taps}
+    x = [math.log(level.sigma) for level in table]
+    tops = {tap: max(smoothed(x, [row[tap] for row in table.values()])) for tap in taps}
     best = max(tops.values())
     error = 100 * math.sqrt(2 * max(best * (100 - best) / 1e4, 1 / images) / images)
     return [tap for tap in taps if tops[tap] >= best - CLEARLY * error]
 
 
-def smoothed(curve: Sequence[float]) -> list[float]:
-    """Each point averaged with its neighbours, itself counting twice: few images make a rough curve."""
-    padded = [curve[0], *curve, curve[-1]]
-    return [(padded[k] + 2 * padded[k + 1] + padded[k + 2]) / 4 for k in range(len(curve))]
+def smoothed(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    """y(x) by local lines with Gaussian weights of ``BANDWIDTH``; two points stay what they are.
+
+    Lines rather than means: at the ends a mean would lean towards the inside (Fan and Gijbels 1996, section 3.2).
+    """
+    return [_local_line([k - at for k in x], y, value) for at, value in zip(x, y, strict=True)]
+
+
+def _local_line(away: Sequence[float], y: Sequence[float], otherwise: float) -> float:
+    """The height of the weighted line at 0; ``otherwise`` where all points lie there."""
+    weights = [math.exp(-0.5 * (d / BANDWIDTH) ** 2) for d in away]
+    s0, s1, s2 = (sum(w * d**k for w, d in zip(weights, away, strict=True)) for k in range(3))
+    spread = s0 * s2 - s1**2
+    if spread < 1e-9 * s0**2:
+        return otherwise
+    return sum(w * (s2 - s1 * d) * v for w, d, v in zip(weights, away, y, strict=True)) / spread
 
 
 def refine(searcher: Searcher, table: Table, by_sigma: Sequence[Level], taps: Sequence[str], images: int) -> Table:
     """Golden section in log sigma, between the neighbours of the best level so far; what it measured."""
-    measured, refined = {level: {tap: row[tap] for tap in taps} for level, row in table.items()}, Table()
-    centre = highest(measured)
+    measured, refined = dict(table), Table()
+    (centre,) = higher(table, taps, 1)
     place = by_sigma.index(centre)
     ends = by_sigma[max(place - 1, 0)], by_sigma[min(place + 1, len(by_sigma) - 1)]
-    bracket = tuple(math.log(level.sigma) for level in (ends[0], centre, ends[1]))
+    bracket: Bracket = tuple(math.log(level.sigma) for level in (ends[0], centre, ends[1]))
     for _ in range(REFINEMENTS):
         point = golden_point(bracket)
         level = nearest_level(searcher.teacher.schedule, math.exp(point))
         if level in measured:  # the schedule has no timestep between
             break
         measured[level] = refined[level] = searcher.scores(searcher.teacher, level, taps, images)
-        is_better = max(measured[level].values()) > max(measured[centre].values())
+        is_better = mean_over(measured, level, taps) > mean_over(measured, centre, taps)
         bracket, centre = narrowed(bracket, point, is_better), level if is_better else centre
     return refined
 

@@ -22,6 +22,7 @@ from diffrep.errors import RunError, UserError, nearest
 from diffrep.files import read_json
 from diffrep.frozen import stores
 from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.frozen.passes import PassConfig
 from diffrep.randomness import PerImage, stream
 
 
@@ -33,7 +34,10 @@ class FeatureConfig(Config):
     pool: int | None = Field(None, ge=1)  # cells per side each map is pooled to; None keeps whole maps
     dtype: Literal["float16", "float32"] = "float16"  # float32 keeps every bit of what the teacher said
     noise: Literal["forward"] | None = None  # None: clean image; forward: x_t, with noise of its own per image
+    # labels: a class-conditional teacher is told each image's own; its features then hold the answer.
+    condition: Literal["labels"] | None = None
     block_size: int = Field(64, ge=1)  # images per pass; part of the result, because rounding depends on it
+    passes: PassConfig = PassConfig()
 
     @field_validator("timesteps", "taps")
     @classmethod
@@ -54,6 +58,7 @@ def write_features(
     seed: int = 0,
     progress: Report = lambda *_: None,
     stop: Callable[[], bool] = lambda: False,
+    labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """Fill ``folder``; returns the manifest. Running it again continues, or returns at once when it is complete.
 
@@ -62,17 +67,20 @@ def write_features(
         source: what the images are (name, split, fingerprint, augment), kept in the manifest.
         progress: called with (blocks done, in all).
         stop: asked after each block.
+        labels: (N,) int64, the class each image is told to be of, where ``config.condition`` asks for it.
 
     Raises:
         Interrupted: ``stop()`` said so; what is done was noted.
     """
     settings = store_settings(teacher, config, num_images, num_views, source, seed)
     teacher.checked_timestep(torch.tensor(config.timesteps), torch.empty(len(config.timesteps)))
+    teacher.run_as(config.passes)
 
     def make(place: stores.Place) -> dict[str, np.ndarray]:
         step, view, rows = place
         index = torch.arange(rows.start, rows.stop)
-        return _block(teacher, config, images(view, index), index, config.timesteps[step], view, seed)
+        told = None if labels is None else labels[index]
+        return _block(teacher, config, images(view, index), index, config.timesteps[step], view, seed, told)
 
     places = _places(config, num_images, num_views)
     return stores.fill(folder, settings, _arrays(settings), places, make, progress, stop)
@@ -85,7 +93,7 @@ def store_settings(
     return {
         "teacher": teacher.name,
         "teacher_sha256": teacher.sha256,
-        "teacher_labels_seen": teacher.labels_seen,
+        "teacher_labels_seen": teacher.labels_seen | ({"told to the teacher": num_images} if config.condition else {}),
         "licence": teacher.licence,
         "source": source,
         "num_images": num_images,
@@ -119,12 +127,19 @@ def _places(config: FeatureConfig, num_images: int, num_views: int) -> list[stor
 
 
 def _block(
-    teacher: DiffusionTeacher, config: FeatureConfig, images: Tensor, index: Tensor, timestep: int, view: int, seed: int
+    teacher: DiffusionTeacher,
+    config: FeatureConfig,
+    images: Tensor,
+    index: Tensor,
+    timestep: int,
+    view: int,
+    seed: int,
+    labels: Tensor | None,
 ) -> dict[str, np.ndarray]:
     rng = None
     if config.noise:  # image k's noise is a function of (seed, timestep, view, k), whatever the block
         rng = PerImage([stream(seed, "feature noise", timestep, view, k) for k in index.tolist()])
-    features = teacher.features(images, timestep, config.taps, noise=config.noise, rng=rng)
+    features = teacher.features(images, timestep, config.taps, noise=config.noise, labels=labels, rng=rng)
     kept = {
         t: f if config.pool is None or f.dim() != 4 else F.adaptive_avg_pool2d(f.float(), config.pool)
         for t, f in features.items()

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
 from diffrep.frozen.features import FeatureStore
+from diffrep.frozen.passes import PassConfig
 from diffrep.frozen.teachers import load_teacher
 from diffrep.losses import pooled
 from diffrep.randomness import Rows, stream
@@ -22,8 +23,18 @@ from diffrep.randomness import Rows, stream
 class LiveHints:
     """The teacher itself: a truncated pass for each batch."""
 
-    def __init__(self, reference: str, tap: str, grid: int, noise: Literal["forward"] | None, allow_code: bool) -> None:
+    def __init__(
+        self,
+        reference: str,
+        tap: str,
+        grid: int,
+        noise: Literal["forward"] | None,
+        allow_code: bool,
+        passes: PassConfig | None = None,
+    ) -> None:
         self.network = load_teacher(reference, allow_code)
+        self.network.run_as(passes or PassConfig())
+        self.network.keep_only([tap])
         self.tap, self.grid, self.noise = tap, grid, noise
         self.channels = self.network.tap(tap).shape[0]
         self.name, self.licence = self.network.name, self.network.licence

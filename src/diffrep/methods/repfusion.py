@@ -29,6 +29,7 @@ from diffrep import losses
 from diffrep.config import Config
 from diffrep.data.batch import Batch
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
+from diffrep.frozen.passes import PassConfig
 from diffrep.methods.base import Method, MethodConfig, save_student, sum_over_processes
 from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
@@ -82,6 +83,7 @@ class RepFusionConfig(MethodConfig):
     task_weight: float = Field(1.0, ge=0)  # of the task head's cross-entropy; reaches the head alone
     policy_weight: float = Field(1.0, ge=0)  # of the policy gradient; reaches the policy alone
     features: str | None = None  # a `diffrep features` folder to read the hints from instead of running the teacher
+    passes: PassConfig = PassConfig()  # how the teacher is run
 
     @model_validator(mode="after")
     def _fits(self) -> RepFusionConfig:
@@ -255,4 +257,4 @@ def hints_of(config: RepFusionConfig, allow_code: bool) -> LiveHints | StoredHin
     """The teacher, or the store that stands in for it."""
     if config.features:
         return StoredHints(config.features, config.tap, config.hint_grid)
-    return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code)
+    return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code, config.passes)
