@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp docs clean
+.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp evidence-probe docs clean
 
 quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -44,6 +44,9 @@ evidence-dmkd: $(VENV)/.ready  ## the second road: digits with five seeds, sweep
 evidence-addp: $(VENV)/.ready  ## the third road on digits, three seeds: about ten minutes of CPU
 	$(BIN)/diffrep run addp_digits --seeds 0,1,2 --record docs/results/data --out runs/evidence-addp
 	$(BIN)/python -m benchmarks.evidence
+
+evidence-probe: $(VENV)/.ready  ## taps and noise levels on CIFAR-10, and the search (needs $$DIFFREP_DATA): half an hour
+	$(BIN)/python -m benchmarks.evidence_probe
 
 docs: $(VENV)/.ready  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

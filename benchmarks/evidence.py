@@ -160,8 +160,9 @@ def main() -> None:
     (RESULTS / "quickstart.md").write_text(quickstart_page())
     from benchmarks.evidence_addp import addp_page  # which build on this page
     from benchmarks.evidence_dmkd import dmkd_page
+    from benchmarks.evidence_probe import probe_page
 
-    for name, page in (("dmkd", dmkd_page()), ("addp", addp_page())):
+    for name, page in (("dmkd", dmkd_page()), ("addp", addp_page()), ("probe", probe_page())):
         if page:
             (RESULTS / f"{name}.md").write_text(page)
     study = Path("runs/evidence-quickstart")

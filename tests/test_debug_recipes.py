@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import commands
+from official_files import guided_unet, saved, tiny_dit
 
 from diffrep import api
 from diffrep.errors import Interrupted
@@ -27,9 +28,11 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the teacher that other recipes ask for stands where they look for it."""
+    """A folder in which the teachers that other recipes ask for stand where they look for them."""
     folder = tmp_path_factory.mktemp("debug")
     api.run("denoiser_debug", out=folder / "runs" / "denoiser_debug")
+    saved(guided_unet(), folder / "runs" / "tiny_adm.pt")
+    saved(tiny_dit(), folder / "runs" / "tiny_dit.pt")
     return folder
 
 

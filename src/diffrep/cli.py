@@ -17,6 +17,7 @@ from diffrep import __version__
 from diffrep.data.assets_verb import add_assets_verbs
 from diffrep.errors import DiffrepError
 from diffrep.evaluation.options import score_verb
+from diffrep.launch.features_verb import add_features_verb
 from diffrep.launch.generate_verb import add_generate_verb
 from diffrep.launch.options import synthesize_verb, with_partition
 from diffrep.launch.parsing import integers as _integers
@@ -102,38 +103,22 @@ def show(recipe: str, overrides: Overrides = None, allow_code: AllowCode = False
     _print(api.show(recipe, overrides or [], allow_code).rstrip())
 
 
-@app.command()
-def features(
-    teacher: Annotated[str, typer.Argument(help="Diffusers folder, Hub id, run folder, python:module:factory.")],
-    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
-    taps: Annotated[str, typer.Option(help="Dotted names, comma-separated; --list-taps prints them.")] = "mid_block",
-    timesteps: Annotated[str, typer.Option(help="0,50,100")] = "0",
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("features"),
-    split: str = "train",
-    augment: Annotated[str, typer.Option(help="Every view of it is written.")] = "none",
-    pool: Annotated[int | None, typer.Option(min=1, help="Cells per side; default whole maps.")] = None,
-    dtype: str = "float16",
-    noise: Annotated[str | None, typer.Option(help="forward: noise the image to t.")] = None,
-    image_size: ImageSize = None,
-    list_taps: Annotated[bool, typer.Option(help="Print the teacher's taps and stop.")] = False,
-    allow_code: AllowCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a teacher's features to memory-mapped files, in constant memory; continues after an interruption.
-
-    Example: diffrep features runs/my_teacher --data digits --taps mid_block,up_blocks.1 --timesteps 0,100 --pool 2
-    """
+def _features(given: dict[str, Any], as_json: bool) -> None:
     _one_thread(1)
     from diffrep import api, words
 
-    if list_taps:
-        return _print(words.taps(api.load_teacher(teacher, allow_code).taps()))
-    settings = {"taps": taps.split(","), "timesteps": _integers(timesteps, "--timesteps"), "pool": pool}
-    settings |= {"dtype": dtype, "noise": noise}
-    result = api.features(
-        teacher, {"source": data, "augment": augment, "image_size": image_size}, settings, out, split, allow_code
-    )
-    _print(json.dumps(result, indent=2) if as_json else words.features(result, out))
+    result = api.features(**given)
+    _print(json.dumps(result, indent=2) if as_json else words.features(result, given["out"]))
+
+
+def _list_taps(teacher: str, allow_code: bool) -> None:
+    _one_thread(1)
+    from diffrep import api, words
+
+    _print(words.taps(api.load_teacher(teacher, allow_code).taps()))
+
+
+add_features_verb(app, _features, _list_taps)
 
 
 def _probe(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:

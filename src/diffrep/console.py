@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 QUIET_SECONDS = 2.0
 LINE_EVERY = 10.0  # seconds between plain lines
@@ -40,6 +41,12 @@ def status_line(label: str, done: int, total: int, elapsed: float, began_at: int
     rate = (done - began_at) / elapsed if elapsed > 0 else 0.0
     left = f", {duration((total - done) / rate)} left" if rate > 0 else ""
     return f"{label} {done}/{total}, {rate:.1f}/s{left}"
+
+
+@cache
+def notice(line: str) -> None:
+    """One line on stderr, once in a process, however often it is said."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

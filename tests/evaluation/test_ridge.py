@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffrep.errors import UserError
 from diffrep.evaluation.probe import PENALTIES, primal_probe, standardise
 from diffrep.evaluation.ridge import Sums
 
@@ -97,9 +98,15 @@ def test_one_image_is_enough_not_to_fall_over():
     assert sums.ridge().predict(torch.zeros(2, 4)).tolist() == [1, 1]
 
 
+def test_what_is_too_wide_is_refused_with_a_way_out():
+    with pytest.raises(UserError, match=r"a feature of 9000 numbers is too wide .* pool it to fewer cells"):
+        Sums(2).add(torch.zeros(1, 9000), torch.tensor([0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_any_float_is_summed_in_float64(dtype):
     x, labels = made(50, 4, 2, 3)
     sums = summed(x.to(dtype), labels, 2)
     assert sums.second.dtype == sums.by_class.dtype == torch.float64
-    torch.testing.assert_close(sums.ridge(1.0).scores(x), direct(x.to(dtype).double(), labels, 2, 1.0)[0], atol=0.02, rtol=0)
+    expected, _ = direct(x.to(dtype).double(), labels, 2, 1.0)
+    torch.testing.assert_close(sums.ridge(1.0).scores(x), expected, atol=0.02, rtol=0)

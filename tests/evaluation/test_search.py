@@ -14,7 +14,7 @@ from diffrep.diffusion.schedules import NoiseSchedule
 from diffrep.errors import Interrupted, UserError
 from diffrep.evaluation.kept import Kept
 from diffrep.evaluation.levels import levels_of, log_spaced
-from diffrep.evaluation.probe import PENALTIES, left_out_accuracy, standardise
+from diffrep.evaluation.probe import PENALTIES, left_out_margins, smoothed_accuracy, standardise
 from diffrep.evaluation.probing import Probe
 from diffrep.evaluation.search import GRID_LEVELS, golden_point, narrowed, not_behind, plan_of, smoothed
 from diffrep.evaluation.sweep import SweepConfig, labelled
@@ -29,6 +29,10 @@ def searched(model, kept=None, stop=lambda: False, seed=0, **more):
 
 
 # Leave one out
+
+
+def left_out_accuracy(x, labels, classes):
+    return smoothed_accuracy(left_out_margins(x, labels, classes), 0)
 
 
 def brute_force(x: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
@@ -60,6 +64,13 @@ def test_left_out_accuracy_is_that_of_refits_one_by_one(count, width):
 def test_left_out_accuracy_of_noise_is_chance_and_not_that_of_the_fit():
     rng = torch.Generator().manual_seed(0)
     assert left_out_accuracy(torch.randn(400, 300, generator=rng), torch.arange(400) % 4, 4) == pytest.approx(25, abs=7)
+
+
+def test_the_soft_step_counts_what_is_sure_and_halves_what_is_not():
+    margins = torch.tensor([5.0, -5.0, 0.0, 0.1], dtype=torch.float64)
+    assert smoothed_accuracy(margins, 0) == 50 and smoothed_accuracy(margins[:3], 0.1) == pytest.approx(50)
+    assert smoothed_accuracy(margins[3:], 0.1) == pytest.approx(84.134, abs=1e-3)  # the normal at one deviation
+    assert smoothed_accuracy(margins, 1e-9) == pytest.approx(62.5)
 
 
 # Finding
@@ -141,18 +152,19 @@ def test_a_plan_stays_within_its_budget(train, held_out, budget, levels):
 
 
 def test_what_cannot_be_searched_is_refused():
-    with pytest.raises(UserError, match="8 images at each of 8 noise levels are too few for 5 classes"):
-        searched(teacher(), budget=0.009)
+    with pytest.raises(UserError, match="7 images at each of 8 noise levels are too few for 5 classes"):
+        searched(teacher(), budget=0.005)
     with pytest.raises(UserError, match="at least 3 noise levels to start from, not 2"):
         searched(teacher(), sigmas=(0.1, 0.2))
 
 
 def test_only_taps_clearly_behind_are_dropped():
-    row = {"best": 80.0, "near": 76.0, "far": 60.0}
-    table = {level: row for level in levels_of(NoiseSchedule.named("linear"), sigmas=(0.1, 0.2, 0.4))}
+    row = {"best": (80.0, 0.0), "near": (76.0, 0.0), "far": (60.0, 99.0)}
+    levels = levels_of(NoiseSchedule.named("linear"), sigmas=(0.1, 0.2, 0.4))
+    table = {level: dict(row) for level in levels}
     assert not_behind(table, ("best", "near", "far"), 100) == ["best", "near"]  # two standard errors: 11 points
     assert not_behind(table, ("best", "near", "far"), 10_000) == ["best"]
-    assert not_behind(dict.fromkeys(table, {"a": 100.0, "b": 99.0}), ("a", "b"), 100) == ["a", "b"]
+    assert not_behind({level: {"a": (100.0, 0.0), "b": (99.0, 0.0)} for level in levels}, ("a", "b"), 100) == ["a", "b"]
 
 
 def test_smoothing_keeps_lines_and_pairs_and_flattens_what_sticks_out():
@@ -170,7 +182,7 @@ def test_golden_section_closes_in_on_a_single_maximum(low, share):
     high, top = low + 1, low + share
 
     def height(x):
-        return -abs(x - top) ** 1.5
+        return -(abs(x - top) ** 1.5)
 
     bracket = (low, low + 0.4, high)
     for _ in range(30):

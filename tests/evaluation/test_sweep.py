@@ -16,7 +16,7 @@ from diffrep.errors import Interrupted, UserError
 from diffrep.evaluation.kept import Kept
 from diffrep.evaluation.probe import accuracy, primal_probe, probe_scores, standardise
 from diffrep.evaluation.probing import Probe, label_free
-from diffrep.evaluation.streaming import Chosen, pixel_reader, streamed, teacher_reader
+from diffrep.evaluation.streaming import Chosen, pixel_reader, pooled, streamed, teacher_reader
 from diffrep.evaluation.sweep import SweepConfig, gathered, labelled
 from diffrep.randomness import derived_seed
 from diffrep.recipes.loading import load
@@ -116,12 +116,21 @@ def test_an_image_has_the_same_noise_at_every_level_and_in_every_company():
     read = teacher_reader(model, 300, ("good",), 4, "forward", 0, CPU)
     alone, among = read(TRAIN, torch.tensor([7]))["good"], read(TRAIN, torch.arange(20))["good"]
     torch.testing.assert_close(alone[0], among[7])
-    assert not torch.allclose(among, teacher_reader(model, 300, ("good",), 4, None, 0, CPU)(TRAIN, torch.arange(20))["good"])
+    without = teacher_reader(model, 300, ("good",), 4, None, 0, CPU)(TRAIN, torch.arange(20))["good"]
+    assert not torch.allclose(among, without)
     alpha_bar = [model.schedule.alpha_bar_at(t) for t in (300, 600)]
     clean = TRAIN.gather(torch.arange(20))[:, 1].flatten(1).float() / 255 * 2 - 1
     later = teacher_reader(model, 600, ("good",), 4, "forward", 0, CPU)(TRAIN, torch.arange(20))["good"]
     noise = [(x - a**0.5 * clean) / (1 - a) ** 0.5 for x, a in zip((among, later), alpha_bar, strict=True)]
     torch.testing.assert_close(noise[0], noise[1], atol=1e-4, rtol=0)
+
+
+def test_maps_are_pooled_to_cells_and_tokens_to_their_mean():
+    grid = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert pooled(grid, 2).tolist() == [[2.5, 4.5, 10.5, 12.5]]
+    tokens = torch.arange(6.0).reshape(1, 3, 2)
+    assert pooled(tokens, 1).tolist() == [[2.0, 3.0]] and pooled(tokens, 2).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert pooled(torch.ones(2, 5), 1).shape == (2, 5)
 
 
 def test_pixels_are_pooled_only_where_all_labels_are_used():
@@ -167,7 +176,7 @@ def test_what_contradicts_itself_is_refused(settings, words):
 
 
 def test_timesteps_and_images_without_labels_are_refused():
-    with pytest.raises(UserError, match="1000 is outside 0..999"):
+    with pytest.raises(UserError, match=r"1000 is outside 0\.\.999"):
         run(config(timesteps=(5, 1000)))
     unlabelled = images(20, 1)
     unlabelled.labels = None

@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from official_files import SAID, guided_unet, saved, tiny_dit
@@ -328,14 +329,30 @@ def test_a_file_is_mapped_and_not_read(adm):
     assert str(adm) in Path("/proc/self/maps").read_text() and teacher.num_parameters
 
 
-# Through a recipe
+# Through a recipe (whole runs: tests/test_debug_recipes.py)
 
 
 @pytest.mark.parametrize("kind", ["adm", "dit"])
-def test_a_debug_recipe_learns_from_it(kind, adm, dit, tmp_path):
+def test_it_can_be_probed_and_its_features_kept(kind, adm, dit, tmp_path):
     reference, tap = {"adm": (f"{adm}?{SAID}", TAP), "dit": (f"{dit}?num_heads=2", "blocks.0")}[kind]
-    overrides = [f"method.teacher={reference}", f"method.tap={tap}"]
-    result = api.run("repfusion_debug", overrides, out=tmp_path / "run")
-    assert result["teacher"] == ("mine.pt" if kind == "adm" else "0400000.pt")
-    probed = api.probe(reference, {"source": "digits"}, {"taps": [tap], "timesteps": [0], "labels": 50}, tmp_path / "p")
+    settings = {"taps": [tap], "timesteps": [0]}
+    probed = api.probe(reference, {"source": "digits"}, settings | {"labels": 50}, tmp_path / "p")
     assert probed["rows"][1]["tap"] == tap
+    kept = api.features(reference, {"source": "digits"}, settings | {"pool": 1}, tmp_path / "f", "validation")
+    assert kept["shapes"] == {tap: [64 if kind == "adm" else 24, 1, 1]}
+
+
+def test_a_teacher_that_is_told_the_labels_says_so(adm, tmp_path):
+    """Seven classes are not the ten of digits, and ten are."""
+    settings = {"taps": [TAP], "timesteps": [0], "pool": 1, "condition": "labels", "dtype": "float32"}
+    with pytest.raises(UserError, match=r"10 classes .* cannot be mapped onto the network's 7"):
+        api.features(f"{adm}?{SAID}", {"source": "digits"}, settings, tmp_path / "x", "validation")
+    ten = saved(guided_unet(num_classes=10), tmp_path / "ten.pt")
+    told = api.features(f"{ten}?{SAID}", {"source": "digits"}, settings, tmp_path / "told", "validation")
+    manifest = json.loads((tmp_path / "told" / "manifest.json").read_text())
+    assert manifest["teacher_labels_seen"] == {"told to the teacher": manifest["num_images"]} and told
+    digits, teacher = api.load_data("digits", "validation"), load_teacher(f"{ten}?{SAID}")
+    found = np.load(tmp_path / "told" / f"{TAP}.npy")[0, 0, :5, :, 0, 0]
+    first = digits.gather(torch.arange(5)) / 255
+    expected = teacher.features(first, 0, [TAP], labels=digits.labels[:5])[TAP].mean((2, 3))
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)

@@ -95,10 +95,11 @@ def probe_scores(
     return scores
 
 
-def left_out_accuracy(features: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Percent of (n, D) images named rightly by the probe of all the others; no image beside them is needed.
+def left_out_margins(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """By how much the probe of all other images prefers an image's own class to the next best, (n,) float64.
 
-    Features are standardised together; the penalty is that of the least left-out error, as in ``linear_probe``.
+    Positive where it is right. Features (n, D) are standardised together; the penalty is that of the least left-out
+    error, as in ``linear_probe``.
     """
     x, goal = standardise(features)[0], F.one_hot(labels, num_classes).double()
     offset = goal.mean(0)
@@ -113,4 +114,15 @@ def left_out_accuracy(features: Tensor, labels: Tensor, num_classes: int) -> flo
     shrink = values / (values + best)
     leverage = left.square() @ shrink + 1 / len(x)
     residual = (goal - offset - left @ (shrink[:, None] * rotated)) / (1 - leverage).clamp(min=1e-9)[:, None]
-    return accuracy((goal - residual).argmax(1), labels)
+    answers, own = goal - residual, labels[:, None]
+    return (answers.gather(1, own) - answers.scatter(1, own, -torch.inf).amax(1, keepdim=True))[:, 0]
+
+
+def smoothed_accuracy(margins: Tensor, width: float) -> float:
+    """Percent correct with a soft step: the mean of the normal distribution function at margin / width.
+
+    An image near the border counts in part, so the noise of few images is less than that of counting; width 0 counts.
+    """
+    if width == 0:
+        return 100 * float((margins > 0).double().mean())
+    return 100 * float(torch.special.ndtr(margins / width).mean())

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.errors import UserError
 from diffrep.evaluation.probe import PENALTIES
+
+WIDEST = 8192  # numbers per image whose second moment is kept: half a gigabyte, minutes to decompose
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,14 @@ class Sums:
         self.by_class = self.second = torch.zeros(0)  # (K, D) and (D, D), once D is known
 
     def add(self, x: Tensor, labels: Tensor) -> None:
-        """x (B, D) of any float, labels (B,) int64."""
+        """x (B, D) of any float, labels (B,) int64.
+
+        Raises:
+            UserError: wider than ``WIDEST``.
+        """
+        if x.shape[1] > WIDEST:
+            told = f"a feature of {x.shape[1]} numbers is too wide for the probe with all labels (at most {WIDEST})"
+            raise UserError(f"{told}: pool it to fewer cells (pool), leave the tap out, or probe with few labels")
         x = x.double()
         if self.origin is None:
             self.origin = x.mean(0)

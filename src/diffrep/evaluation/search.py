@@ -7,8 +7,8 @@ the last word between the others is spoken on many images at one level: with few
 
 Few images make rough curves, so they are used well. A pair is scored by leaving out one training image at a time:
 every image both teaches and tests. All pairs see the same images with the same noise; those of a rung are among those
-of the next and are not read again. Levels are compared by the mean over the taps, smoothed along log sigma. And test
-images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
+of the next and are not read again. Levels are compared by an accuracy with a soft step, which counts images near the
+border in part, by its mean over the taps, and smoothed along log sigma. And test images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
 for models that generalise (arXiv 2502.05743).
 """
 
@@ -26,7 +26,7 @@ from diffrep.data.datasets import label_subset
 from diffrep.errors import UserError
 from diffrep.evaluation.kept import Kept
 from diffrep.evaluation.levels import Level, last_of, nearest_level
-from diffrep.evaluation.probe import left_out_accuracy
+from diffrep.evaluation.probe import left_out_margins, smoothed_accuracy
 from diffrep.evaluation.streaming import Chosen, Tick, teacher_reader
 from diffrep.evaluation.sweep import Bench, gathered
 from diffrep.frozen.diffusion import DiffusionTeacher
@@ -37,6 +37,7 @@ LEAST_PER_CLASS = 2  # images of the first rung
 MOST_IMAGES, MOST_PER_CLASS = 8192, 32  # of the last rung, whatever the budget: its features are held in memory
 GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
 CLEARLY = 2.0  # standard errors of a difference that a tap may lie behind
+STEP = 0.1  # width of the soft step, in units of a one-hot label
 BANDWIDTH = 0.7  # of the smoothing, in log sigma: of the default levels 1.2 of their distance
 
 
@@ -88,7 +89,8 @@ def plan_of(bench: Bench, levels: int) -> Plan:
     return Plan((*((images * first, count) for images, count in shape), (last, 1)), grid)
 
 
-Table = dict[Level, dict[str, float]]  # level -> tap -> left-out accuracy in percent
+Scores = tuple[float, float]  # left-out accuracy in percent: counted, which is reported; with a soft step
+Table = dict[Level, dict[str, Scores]]  # level -> tap -> scores
 
 
 class Searcher:
@@ -106,8 +108,8 @@ class Searcher:
         self.held = {key: found for key, found in self.held.items() if key in stay}
         return {level: self.scores(self.teacher, level, taps, images) for level in levels}
 
-    def scores(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
-        """Tap -> left-out accuracy on the first ``images`` training images of the label draw."""
+    def scores(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, Scores]:
+        """Tap -> left-out scores on the first ``images`` training images of the label draw."""
         key = teacher.name, level.timestep
         new = max(images - self.counted.get(key, 0), 0)
         self.counted[key] = self.counted.get(key, 0) + new
@@ -116,7 +118,7 @@ class Searcher:
         name = f"{teacher.name}, t={level.timestep}, {images} images"
         return self.kept.once(name, lambda: self._measured(teacher, level, taps, images))
 
-    def _measured(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, float]:
+    def _measured(self, teacher: DiffusionTeacher, level: Level, taps: Sequence[str], images: int) -> dict[str, Scores]:
         bench, config, key = self.bench, self.bench.config, (teacher.name, level.timestep)
         train = bench.train.images
         assert train.labels is not None  # refused before
@@ -128,7 +130,8 @@ class Searcher:
         positions = torch.cat([before, new])
         self.held[key] = positions, joined
         labels = train.labels.cpu()[positions]
-        return {tap: left_out_accuracy(joined[tap], labels, bench.num_classes) for tap in taps}
+        margins = {tap: left_out_margins(joined[tap], labels, bench.num_classes) for tap in taps}
+        return {tap: (smoothed_accuracy(m, 0), smoothed_accuracy(m, STEP)) for tap, m in margins.items()}
 
 
 def search(
@@ -154,7 +157,7 @@ def search(
         taps = not_behind(table, taps, images)
     refined = refine(searcher, table, by_sigma, taps, more)
     rungs.append(told(refined, more))
-    (at,) = higher(table | refined, taps, 1)
+    at = highest(table | refined, taps)
     rungs.append(told(searcher.table([at], taps, most), most))
     best, passes = max(rungs[-1]["rows"], key=lambda row: row["mean"]), searcher.passes
     control = told({at: searcher.scores(untrained, at, taps, most)}, most)["rows"] if untrained else []
@@ -171,7 +174,9 @@ def search(
 
 
 def told(table: Table, images: int) -> dict[str, Any]:
-    rows = [{"tap": tap, **level.told(), "mean": round(v, 3)} for level, by in table.items() for tap, v in by.items()]
+    rows = [
+        {"tap": tap, **level.told(), "mean": round(v[0], 3)} for level, by in table.items() for tap, v in by.items()
+    ]
     return {"images": images, "rows": rows}
 
 
@@ -183,8 +188,13 @@ def higher(table: Table, taps: Sequence[str], count: int) -> list[Level]:
     return [levels[k] for k in sorted(chosen)]
 
 
+def highest(table: Table, taps: Sequence[str]) -> Level:
+    """The level with the highest mean over the taps: too few and too close to be smoothed."""
+    return max(table, key=lambda level: mean_over(table, level, taps))
+
+
 def mean_over(table: Table, level: Level, taps: Sequence[str]) -> float:
-    return sum(table[level][tap] for tap in taps) / len(taps)
+    return sum(table[level][tap][1] for tap in taps) / len(taps)
 
 
 def not_behind(table: Table, taps: Sequence[str], images: int) -> list[str]:
@@ -194,7 +204,7 @@ def not_behind(table: Table, taps: Sequence[str], images: int) -> list[str]:
     same images the true error is smaller.
     """
     x = [math.log(level.sigma) for level in table]
-    tops = {tap: max(smoothed(x, [row[tap] for row in table.values()])) for tap in taps}
+    tops = {tap: max(smoothed(x, [row[tap][0] for row in table.values()])) for tap in taps}
     best = max(tops.values())
     error = 100 * math.sqrt(2 * max(best * (100 - best) / 1e4, 1 / images) / images)
     return [tap for tap in taps if tops[tap] >= best - CLEARLY * error]
@@ -221,7 +231,7 @@ def _local_line(away: Sequence[float], y: Sequence[float], otherwise: float) -> 
 def refine(searcher: Searcher, table: Table, by_sigma: Sequence[Level], taps: Sequence[str], images: int) -> Table:
     """Golden section in log sigma, between the neighbours of the best level so far; what it measured."""
     measured, refined = dict(table), Table()
-    (centre,) = higher(table, taps, 1)
+    centre = highest(table, taps)
     place = by_sigma.index(centre)
     ends = by_sigma[max(place - 1, 0)], by_sigma[min(place + 1, len(by_sigma) - 1)]
     bracket: Bracket = tuple(math.log(level.sigma) for level in (ends[0], centre, ends[1]))

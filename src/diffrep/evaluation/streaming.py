@@ -55,9 +55,12 @@ def pixels_of(images: ImageSet, positions: Tensor, device: torch.device) -> Tens
 
 
 def pooled(feature: Tensor, pool: int) -> Tensor:
-    """Maps (B, C, h, w) to (B, C * pool^2); tokens and vectors are laid flat as they are."""
-    cells = F.adaptive_avg_pool2d(feature.float(), pool) if feature.dim() == 4 else feature
-    return cells.flatten(1).cpu()
+    """Maps (B, C, h, w) to (B, C * pool^2); tokens (B, N, C) to their mean at pool 1, else laid flat; vectors stay."""
+    if feature.dim() == 4:
+        feature = F.adaptive_avg_pool2d(feature.float(), pool)
+    elif feature.dim() == 3 and pool == 1:
+        feature = feature.float().mean(1)
+    return feature.flatten(1).cpu()
 
 
 def teacher_reader(

@@ -221,7 +221,8 @@ class DiffusionTeacher(FrozenModule):
     def _dry_pass(self) -> Callable[[], Any]:
         x = torch.zeros(1, self.in_channels, self.image_size, self.image_size)
         steps = torch.zeros(1, dtype=torch.int64)
-        return counting.on_meta(self.module, x, steps, **self._keywords(None, x))
+        told = None if self.num_classes is None else steps  # some class: what embeds it is reached
+        return counting.on_meta(self.module, x, steps, **self._keywords(told, x))
 
 
 _read = taps.read  # an argument called ``taps`` would hide the module

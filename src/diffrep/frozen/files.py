@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep import _torchvision_compat, assets
+from diffrep.console import notice
 from diffrep.errors import UserError, nearest
 from diffrep.files import located, read_json
 from diffrep.models.weights import read_weights
@@ -73,6 +74,8 @@ def _known(found: Opened, known: assets.Asset | None) -> Opened:
     """With the licence and the hash that a published file has, which is recorded at its first use."""
     if known is None:
         return found
+    if known.non_commercial:
+        notice(f"{known.key}: licence of its weights: {known.licence}")
     assets.check_or_record(found.path, known)
     licence = known.licence if found.licence == "unknown" else found.licence
     return Opened(found.path, found.name, licence, found.card)

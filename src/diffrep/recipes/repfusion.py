@@ -71,18 +71,47 @@ def repfusion_cifar10_resnet18() -> Recipe:
 
 def repfusion_debug() -> Recipe:
     """Two steps with the untrained twin of a run of `denoiser_debug`."""
+    needs = "weights: diffrep run denoiser_debug --out runs/denoiser_debug"
+    return _two_steps("repfusion_debug", "random:runs/denoiser_debug", "an untrained teacher", needs)
+
+
+# Tiny networks in the files of the originals, read by the same code as those of gigabytes.
+_WRITTEN = "(tests/frozen/official_files.py writes it)"
+
+
+def repfusion_adm_debug() -> Recipe:
+    """Two steps with a guided-diffusion file, at the tap of the paper's Tiny-ImageNet rows."""
+    said = "image_size=8&head_width=16&attention_order=new&noise_schedule=cosine"
+    teacher, needs = f"runs/tiny_adm.pt?{said}", f"weights: runs/tiny_adm.pt {_WRITTEN}"
+    tap = "middle_block.2.out_layers.3"
+    return _two_steps("repfusion_adm_debug", teacher, "a guided-diffusion file", needs, tap)
+
+
+def repfusion_dit_debug() -> Recipe:
+    """Two steps with an official DiT file of pixels, at a normalised block."""
+    teacher, needs = "runs/tiny_dit.pt?num_heads=2", f"weights: runs/tiny_dit.pt {_WRITTEN}"
+    return _two_steps("repfusion_dit_debug", teacher, "a DiT file", needs, "blocks.0")
+
+
+def _two_steps(name: str, teacher: str, what: str, needs: str, tap: str | None = None) -> Recipe:
     base = repfusion_digits_conv()
     assert isinstance(base.method, RepFusionConfig)
-    method = base.method.model_copy(update={"teacher": "random:runs/denoiser_debug"})
+    method = base.method.model_copy(update={"teacher": teacher, "tap": tap or base.method.tap})
     return base.model_copy(
         update={
-            "name": "repfusion_debug",
-            "about": "Two steps of policy and student with an untrained teacher.",
+            "name": name,
+            "about": f"Two steps of policy and student with {what}.",
             "method": method,
             "train": TrainConfig(steps=2, batch_size=8, log_every=1, checkpoint_every=1),
-            "needs": ("weights: diffrep run denoiser_debug --out runs/denoiser_debug",),
+            "needs": (needs,),
         }
     )
 
 
-RECIPES = (repfusion_digits_conv, repfusion_cifar10_resnet18, repfusion_debug)
+RECIPES = (
+    repfusion_digits_conv,
+    repfusion_cifar10_resnet18,
+    repfusion_debug,
+    repfusion_adm_debug,
+    repfusion_dit_debug,
+)
