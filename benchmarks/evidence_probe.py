@@ -204,14 +204,14 @@ def _reading(levels: dict[str, Any], trial: dict[str, Any]) -> list[str]:
         return " / ".join(f"{statistics.mean(ours[k] - theirs[k] for ours, theirs in cells):+.1f}" for k in (0, 1))
 
     return [
-        "Found again: the best tap and pool; a flat top from t = 10 to 100 on clean images and the fall behind it; noised "
-        "input level with clean at t = 25, lower at 100, useless from 400; the mid block, where the paper reads, some "
-        "points below the best tap; trained far above pixels and above the untrained network.",
+        "Found again: the best tap and pool; a flat top from t = 10 to 100 on clean images and the fall behind it; "
+        "noised input level with clean at t = 25, lower at 100, no use from 400; the mid block, which the paper reads, "
+        "some points below the best tap; trained far above pixels and above the untrained network.",
         "",
         f"Not found again: the untrained network is better here ({apart('untrained', READINGS)} points on average with "
         "1,000 / 5,000 labels), so the lead over its best tap is smaller with few labels. An untrained network is one "
         "draw of its weights, here another one. up_blocks.2 at 1x1, 32 numbers, is better here too "
-        f"({apart('trained', ['up_blocks.2 1x1'])}); the rule for the penalty is another one. Neither changes the order.",
+        f"({apart('trained', ['up_blocks.2 1x1'])}); the rule for the penalty is another. Neither changes the order.",
         "",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert tuple(names["images"].shape) == (3, 3, 8, 8)
     assert names["features"].shape[0] == 3 and names["run"]["steps"] == 2
+
+
+def test_any_network_teaches_in_under_ten_lines(tmp_path, monkeypatch, capsys, tiny_denoiser):
+    monkeypatch.setitem(sys.modules, "my_models", types.SimpleNamespace(unet=tiny_denoiser))
+    (code,) = blocks(ROOT / "docs" / "teachers.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) < 10
+    names: dict = {}
+    exec(compile(code, "teachers.md", "exec"), names)
+    assert tuple(names["features"].shape) == (8, 8, 4, 4) and "mid" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(ROOT / "docs" / "teachers.md", "sh") for line in block.splitlines()]
+    for line in [line for line in lines if "my_models" in line]:
+        short = [*shlex.split(line), "--out", line.split()[1]] + (["--set", "train.steps=2"] if " run " in line else [])
+        monkeypatch.setattr(sys, "argv", short)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

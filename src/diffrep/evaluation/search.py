@@ -8,8 +8,9 @@ the last word between the others is spoken on many images at one level: with few
 Few images make rough curves, so they are used well. A pair is scored by leaving out one training image at a time:
 every image both teaches and tests. All pairs see the same images with the same noise; those of a rung are among those
 of the next and are not read again. Levels are compared by an accuracy with a soft step, which counts images near the
-border in part, by its mean over the taps, and smoothed along log sigma. And test images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
-for models that generalise (arXiv 2502.05743).
+border in part, by its mean over the taps, smoothed along log sigma. And test images take no part, so the pair is not
+chosen by them. The rule supposes one maximum along the noise levels, as found for models that generalise (arXiv
+2502.05743).
 """
 
 from __future__ import annotations
