@@ -23,6 +23,7 @@ from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import FeatureConfig, write_features
 from diffrep.methods.repfusion import RepFusion, RepFusionConfig, TimestepConfig, policy_network
+from diffrep.models import rewards
 from diffrep.models.students import StudentConfig
 from diffrep.randomness import Rows, stream
 from diffrep.recipes import RECIPES
@@ -141,19 +142,19 @@ def test_the_reward_is_that_of_the_head_on_the_pooled_code(tiny):
 def test_the_baseline_is_the_running_mean_of_the_steps_before(tiny):
     method = built(tiny, policy(baseline_decay=0.75)).train()
     chance = -math.log(4)
-    assert float(method.baseline()) == pytest.approx(chance)  # before anything is learnt
+    assert float(method.running_reward) == pytest.approx(chance)  # before anything is learnt
     method.rewards = [torch.tensor([-4.0, 2.0]), torch.tensor([-2.0, 1.0])]  # two micro-batches: sums and counts
-    assert float(method.baseline()) == pytest.approx(chance)  # not before the step has ended
+    assert float(method.running_reward) == pytest.approx(chance)  # not before the step has ended
     method.after_step()
-    assert float(method.baseline()) == pytest.approx(0.75 * chance + 0.25 * -2)
-    before = method.baseline().clone()
+    assert float(method.running_reward) == pytest.approx(0.75 * chance + 0.25 * -2)
+    before = method.running_reward.clone()
     method.rewards = [torch.tensor([0.0, 0.0])]  # a step without a labelled image
     method.after_step()
-    assert torch.equal(method.baseline(), before) and "running_reward" in method.state_dict()
+    assert torch.equal(method.running_reward, before) and "running_reward" in method.state_dict()
     official = built(tiny, policy(baseline="none")).train()
     official.rewards = [torch.tensor([-4.0, 2.0])]
     official.after_step()
-    assert float(official.baseline()) == 0 and float(official.running_reward) < 0  # still logged
+    assert official.baseline(batch(), torch.zeros(6, 3), rows(), None) == 0 > float(official.running_reward)
 
 
 def test_micro_batches_and_one_batch_give_the_same_baseline(tiny):
@@ -184,7 +185,7 @@ def test_the_entropy_weight_falls_to_nothing(tiny):
 def test_each_rule_chooses_from_its_own_timesteps(tiny, timestep, allowed):
     method = built(tiny, timestep)
     shown = torch.rand(200, 3, 8, 8)
-    choice, logits = method.choose(shown, rows(200))
+    choice, logits = method.choose(shown, rows(200), 0.0)
     assert set(method.timesteps[choice].tolist()) == allowed
     assert (logits is None) == (timestep.select != "policy")
     assert ("policy" in method.parameter_groups()) == (timestep.select == "policy")
@@ -209,7 +210,7 @@ def test_a_rule_without_policy_needs_no_labels(tiny):
 def test_training_leaves_the_teacher_as_it_was(tiny):
     method = built(tiny).train()
     network = method.teacher.network
-    before = network.sha256
+    before = DiffusionTeacher(network.module, "what is kept of it", 8).sha256
     optimizer = torch.optim.Adam(method.parameters(), 0.1)
     for step in range(3):
         method.train()
@@ -620,3 +621,97 @@ def test_labels_that_the_teacher_has_seen_travel_with_the_student(tiny, tiny_den
 
     method = built(factory(taught, "taught"))
     assert method.labels_behind == {"teacher: diffusion model": 1078} and built(tiny).labels_behind == {}
+
+
+# Other choices, other rewards
+
+
+def test_the_end_of_a_range_falls_to_where_it_is_told():
+    """The official hook: 1000 at the beginning, 50 at epoch 100 of 200, linear, whole numbers."""
+    falling = TimestepConfig(select="range", values=(0, 1000), decay_to=50, decay_until=0.5)
+    ends = {progress: falling.open_choices(progress) for progress in (0.0, 0.25, 0.5, 1.0)}
+    assert ends == {0.0: 1000, 0.25: 525, 0.5: 50, 1.0: 50}
+    with pytest.raises(ValueError, match=r"decay_to 1000 is not between 0 and 1000"):
+        TimestepConfig(select="range", values=(0, 1000), decay_to=1000)
+    with pytest.raises(ValueError, match="select 'list' has none"):
+        TimestepConfig(select="list", values=(0, 10), decay_to=5)
+
+
+def test_a_falling_range_is_drawn_from(tiny):
+    method = built(tiny, TimestepConfig(select="range", values=(5, 105), decay_to=8, decay_until=0.5))
+    many = torch.zeros(500, 3, 8, 8)
+    early, late = (method.timesteps[method.choose(many, rows(500), p)[0]] for p in (0.0, 1.0))
+    assert set(late.tolist()) == {5, 6, 7} and int(early.max()) > 90
+
+
+def left_out(code, goal, penalty):
+    """By definition: for each image a ridge fit with intercept on all others."""
+    found = []
+    for i in range(len(code)):
+        rest = torch.arange(len(code)) != i
+        z, y = code[rest].double(), goal[rest].double()
+        mz, my = z.mean(0), y.mean(0)
+        weights = torch.linalg.solve(
+            (z - mz).T @ (z - mz) + penalty * torch.eye(z.shape[1]).double(), (z - mz).T @ (y - my)
+        )
+        found.append((goal[i].double() - (code[i].double() - mz) @ weights - my).square().mean())
+    return -torch.stack(found)
+
+
+def test_least_squares_leaves_each_image_out():
+    """The closed form is exact for a fixed intercept; that of the mean is its usual approximation."""
+    g = torch.Generator().manual_seed(0)
+    code, goal = torch.randn(40, 6, generator=g), torch.randn(40, 3, generator=g)
+    centred = (code - code.mean(0)).double()
+    penalty = float(rewards.RIDGE * (centred @ centred.T).diagonal().mean())
+    torch.testing.assert_close(
+        rewards.least_squares(code, goal).double(), left_out(code, goal, penalty), rtol=0.05, atol=1e-3
+    )
+
+
+def test_a_code_that_tells_the_goal_is_worth_more():
+    g = torch.Generator().manual_seed(1)
+    goal = F.one_hot(torch.arange(24) % 3, 3).float()
+    telling, noise = goal @ torch.randn(3, 8, generator=g), torch.randn(24, 8, generator=g)
+    assert float(rewards.least_squares(telling, goal).min()) > float(rewards.least_squares(noise, goal).mean())
+    assert rewards.least_squares(telling[:2], goal[:2]).tolist() == [0, 0]
+    same, other = rewards.common(telling + noise, telling + noise), rewards.common(noise, noise.roll(1, 0))
+    assert float(same.mean()) > float(other.mean()) and float(same.max()) <= 0
+
+
+@pytest.mark.parametrize("reward", ["task", "least_squares", "student", "common"])
+@pytest.mark.parametrize("baseline", ["running_mean", "none", "self_critical"])
+def test_every_reward_moves_the_policy_and_nothing_else(tiny, reward, baseline):
+    method = built(tiny, policy(reward=reward, baseline=baseline))
+    nn.init.normal_(method.policy.fc.weight)
+    parts = method(batch(), rows(), 0.0)
+    assert reached(method, parts["policy_loss"]) == {"policy"}
+    assert reached(method, parts["kd_loss"]) == {"student", "projector"}
+    assert ("task_loss" in parts) == ("task_head" in method.parameter_groups()) == (reward == "task")
+    readers = {"task": 2, "least_squares": 1}.get(reward, 0)
+    assert len(method.config.label_readers()) == readers
+    method.after_step()
+    assert torch.isfinite(method.running_reward)
+
+
+@pytest.mark.parametrize("reward", ["least_squares", "student", "common"])
+def test_rewards_without_labels_do_not_look_at_them(tiny, reward):
+    method = built(tiny, policy(reward=reward))
+    nn.init.normal_(method.policy.fc.weight)
+    losses_ = [
+        method(batch(labels), rows(), 0.0)["policy_loss"] for labels in ((0, 0, 1, 1, -1, -1), (0, 1, 0, 1, -1, -1))
+    ]
+    assert torch.equal(*losses_) == (reward != "least_squares")
+
+
+def test_self_critical_is_the_reward_of_the_best_choice(tiny):
+    """An image whose draw is the policy's favourite learns nothing from it."""
+    method = built(tiny, policy(baseline="self_critical"))
+    method.policy.fc.bias.data = torch.tensor([0.0, 60.0, 0.0])  # it always draws its favourite
+    parts = method(batch(), rows(), 0.0)
+    assert float(parts["policy_loss"].abs()) < 1e-6
+
+
+def test_the_common_reward_needs_the_teacher_itself(tiny):
+    with pytest.raises(ValueError, match="features does not hold them"):
+        config(tiny, policy(reward="common"), features="somewhere")

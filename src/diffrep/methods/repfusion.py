@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,46 +27,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffrep import losses
-from diffrep.config import Config
 from diffrep.data.batch import Batch
+from diffrep.diffusion.selection import TimestepConfig
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
 from diffrep.frozen.passes import PassConfig
 from diffrep.methods.base import Method, MethodConfig, save_student, sum_over_processes
+from diffrep.models import rewards
 from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
-
-LONGEST_SCHEDULE = 100_000  # timesteps; the teacher's own length is asked when it is loaded
-
-
-class TimestepConfig(Config):
-    """From which timesteps one is chosen for each image, and how."""
-
-    select: Literal["fixed", "range", "list", "policy"] = "policy"
-    values: tuple[int, ...] = ()  # fixed: one; range: low, high (not included); list, policy: the choices
-    policy: Literal["small", "conv", "mlp"] = "small"  # network: ours for any size; the official two
-    baseline: Literal["running_mean", "none"] = "running_mean"  # subtracted from the reward
-    baseline_decay: float = Field(0.9, ge=0, lt=1)  # per step
-    entropy_weight: float = Field(0.1, ge=0)  # at progress 0; official entropy_reg
-    entropy_until: float = Field(0.5, gt=0, le=1)  # progress at which it has faded to 0; official: epoch 100 of 200
-
-    @model_validator(mode="after")
-    def _fits(self) -> TimestepConfig:
-        count = len(self.values)
-        if any(not 0 <= t < LONGEST_SCHEDULE for t in self.values):
-            raise ValueError(f"timesteps are in 0..{LONGEST_SCHEDULE - 1}, and fewer in most schedules")
-        if self.select == "fixed" and count != 1:
-            raise ValueError(f"select 'fixed' takes one value, not {count}")
-        if self.select == "range" and (count != 2 or self.values[0] >= self.values[1]):
-            raise ValueError("select 'range' takes two values: low, high with low < high")
-        if self.select in ("list", "policy") and count < 1:
-            raise ValueError(f"select '{self.select}' needs the timesteps to choose from")
-        if self.select != "range" and len(set(self.values)) != count:
-            raise ValueError("a timestep is named twice")
-        return self
-
-    def choices(self) -> tuple[int, ...]:
-        return tuple(range(*self.values)) if self.select == "range" else self.values
 
 
 class RepFusionConfig(MethodConfig):
@@ -91,10 +61,15 @@ class RepFusionConfig(MethodConfig):
             raise ValueError(f"standardise 'per_timestep' takes at most {MAX_SEPARATE} timesteps; use 'joint'")
         if self.features and self.noise:
             raise ValueError("features holds clean-image hints; it cannot be used with noise 'forward'")
+        if self.features and self.timestep.select == "policy" and self.timestep.reward == "common":
+            raise ValueError("reward 'common' looks at mirrored images, and features does not hold them")
         return self
 
     def label_readers(self) -> tuple[str, ...]:
-        return ("task head", "policy (through its reward)") if self.timestep.select == "policy" else ()
+        if not self.timestep.reads_labels:
+            return ()
+        head = ("task head",) if self.timestep.reward == "task" else ()
+        return (*head, "policy (through its reward)")
 
 
 MAX_SEPARATE = 64  # timesteps that get statistics, and a column in the log, of their own
@@ -122,44 +97,46 @@ class RepFusion(Method):
         self.projector = nn.Conv2d(width, channels, 1)
         if config.timestep.select == "policy":
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
-            self.task_head = mlp(code_size, channels, channels, num_classes)
+            if config.timestep.reward == "task":
+                self.task_head = mlp(code_size, channels, channels, num_classes)
         rows = len(choices) if config.standardise == "per_timestep" else 1
         self.register_buffer("timesteps", torch.tensor(choices), persistent=False)
         self.register_buffer("hint_mean", torch.zeros(rows, channels, 1, 1))
         self.register_buffer("hint_std", torch.ones(rows, channels, 1, 1))
-        # Before anything is learnt the task head guesses: its reward is that of chance.
-        self.register_buffer("running_reward", torch.tensor(-math.log(num_classes)))
+        # Before anything is learnt the task head guesses: its reward is that of chance. Other rewards begin at 0.
+        chance = -math.log(num_classes) if config.timestep.reward == "task" else 0.0
+        self.num_classes = num_classes
+        self.register_buffer("running_reward", torch.tensor(chance))
         self.rewards: list[Tensor] = []  # (sum, count) of each micro-batch of this step
         self.labels_behind = {f"teacher: {part}": n for part, n in self.teacher.labels_seen.items()}
         self.licence = f"{Method.licence}; distilled from {self.teacher.name} ({self.teacher.licence})"
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         # 1. One timestep per image: proposed by the policy, or by the rule the recipe names.
-        choice, logits = self.choose(batch.images, rng)  # (B,), (B, A) or None
+        choice, logits = self.choose(batch.images, rng, progress)  # (B,), (B, A) or None
 
         # 2. Teacher and student look at the same images; the student imitates.
-        code = self.standardised(self.teacher.hint(batch, self.timesteps[choice], rng), choice)  # (B, C, g, g)
-        kd_loss = losses.feature_mse(self.imitation(batch.images), code).mean()
+        code, imitation = self.code(batch, choice, rng), self.imitation(batch.images)  # both (B, C, g, g)
+        kd_loss = losses.feature_mse(imitation, code).mean()
         parts = {"kd_loss": kd_loss, "mean_timestep": self.timesteps[choice].float().mean()}
         loss = self.config.kd_weight * kd_loss
         if logits is None:
             return {"loss": loss, **parts}
 
-        # 3. A view is good if a small head can classify from it: that is the reward. Hidden labels take no part.
-        assert batch.labels is not None  # refused by the recipe
-        known = batch.labels >= 0
-        task_loss = F.cross_entropy(self.task_head(code.flatten(1)), batch.labels.clamp(min=0), reduction="none")
-        reward = -task_loss.detach()
-        policy_loss = losses.reinforce(logits, choice, reward - self.baseline())
+        # 3. A view is good if much can be told from it: that is the reward. Hidden labels take no part.
+        known = self.known(batch)
+        reward, task_loss = self.reward(code, batch, choice, rng, imitation)
+        policy_loss = losses.reinforce(logits, choice, reward - self.baseline(batch, logits, rng, imitation))
         self.rewards.append(torch.stack([torch.where(known, reward, 0).sum(), known.sum()]))
 
         # 4. Entropy keeps the policy curious; its weight fades with progress.
         entropy = losses.entropy(logits).mean()
-        loss = loss + self.config.task_weight * losses.mean_over(task_loss, known)
+        if task_loss is not None:
+            parts["task_loss"] = losses.mean_over(task_loss, known)
+            loss = loss + self.config.task_weight * parts["task_loss"]
         loss = loss + self.config.policy_weight * losses.mean_over(policy_loss, known)
         loss = loss - self.entropy_weight(progress) * entropy
         parts |= {
-            "task_loss": losses.mean_over(task_loss, known),
             "policy_loss": losses.mean_over(policy_loss, known),
             "policy_entropy": entropy,
             "reward": self.running_reward.clone(),
@@ -168,12 +145,61 @@ class RepFusion(Method):
             parts["policy_probs"] = logits.softmax(1).mean(0)  # (A,)
         return {"loss": loss, **parts}
 
-    def choose(self, images: Tensor, rng: Rows) -> tuple[Tensor, Tensor | None]:
+    def choose(self, images: Tensor, rng: Rows, progress: float) -> tuple[Tensor, Tensor | None]:
         """images -> positions in ``timesteps`` (B,), and the policy's logits (B, A) where there is one."""
         if self.config.timestep.select == "policy":
             logits = self.policy(images)
             return rng.categorical(logits.detach().float().softmax(1)), logits.float()
-        return rng.integers(0, len(self.timesteps)).to(images.device), None
+        return rng.integers(0, self.config.timestep.open_choices(progress)).to(images.device), None
+
+    def code(self, batch: Batch, choice: Tensor, rng: Rows) -> Tensor:
+        """What the teacher holds at each image's timestep, standardised, (B, C, g, g)."""
+        return self.standardised(self.teacher.hint(batch, self.timesteps[choice], rng), choice)
+
+    # The reward
+
+    def known(self, batch: Batch) -> Tensor:
+        """Images that teach the policy, (B,) bool: those with a label, where the reward reads it."""
+        if not self.config.timestep.reads_labels:
+            return torch.ones_like(batch.index, dtype=torch.bool)
+        assert batch.labels is not None  # refused by the recipe
+        return batch.labels >= 0
+
+    def reward(
+        self, code: Tensor, batch: Batch, choice: Tensor, rng: Rows, imitation: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """How good each image's view is, (B,) without gradient; and what trains the head that judges, where one does.
+
+        task: a small head classifies from the code. least_squares: the other images' codes tell its label. student:
+        they tell what the student sees in it. common: it is told from the others by the view of its mirror image.
+        """
+        kind = self.config.timestep.reward
+        if kind == "task":
+            assert batch.labels is not None
+            logits = self.task_head(code.flatten(1))
+            task_loss = F.cross_entropy(logits, batch.labels.clamp(min=0), reduction="none")
+            return -task_loss.detach(), task_loss
+        if kind == "least_squares":
+            return self._told_by_labels(code, batch), None
+        if kind == "student":
+            return rewards.least_squares(code, imitation), None
+        mirrored = replace(batch, images=batch.images.flip(3))
+        return rewards.common(code, self.code(mirrored, choice, rng)), None
+
+    def _told_by_labels(self, code: Tensor, batch: Batch) -> Tensor:
+        known, found = self.known(batch), code.new_zeros(len(code))
+        assert batch.labels is not None
+        goal = F.one_hot(batch.labels[known], self.num_classes).to(code)
+        found[known] = rewards.least_squares(code[known], goal)
+        return found
+
+    def baseline(self, batch: Batch, logits: Tensor, rng: Rows, imitation: Tensor) -> Tensor:
+        """What the reward is compared with, () or (B,); it does not depend on this step's actions."""
+        kind = self.config.timestep.baseline
+        if kind == "self_critical":  # the reward of what the policy thinks best (Rennie et al. 2017): one pass more
+            best = logits.detach().argmax(1)
+            return self.reward(self.code(batch, best, rng), batch, best, rng, imitation)[0]
+        return self.running_reward if kind == "running_mean" else torch.zeros_like(self.running_reward)
 
     def imitation(self, images: Tensor) -> Tensor:
         """The student's map on the teacher's grid and in its width, (B, C, g, g)."""
@@ -182,14 +208,6 @@ class RepFusion(Method):
     def standardised(self, code: Tensor, choice: Tensor) -> Tensor:
         row = choice if len(self.hint_mean) > 1 else torch.zeros_like(choice)
         return (code - self.hint_mean[row]) / self.hint_std[row]
-
-    def baseline(self) -> Tensor:
-        """What the reward is compared with; it does not depend on this step's actions."""
-        return (
-            self.running_reward
-            if self.config.timestep.baseline == "running_mean"
-            else torch.zeros_like(self.running_reward)
-        )
 
     def after_step(self) -> None:
         """One update of the running reward per step, from the labelled images of all micro-batches and processes."""
@@ -230,7 +248,8 @@ class RepFusion(Method):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = {"student": [*self.student.parameters(), *self.projector.parameters()]}
         if self.config.timestep.select == "policy":
-            groups |= {"task_head": [*self.task_head.parameters()], "policy": [*self.policy.parameters()]}
+            head = {"task_head": [*self.task_head.parameters()]} if self.config.timestep.reward == "task" else {}
+            groups |= {**head, "policy": [*self.policy.parameters()]}
         return groups
 
     def dry_step(self, images: Tensor) -> None:
@@ -238,7 +257,9 @@ class RepFusion(Method):
         loss = self.imitation(images).sum()
         if self.config.timestep.select == "policy":
             size = self.teacher.channels * self.config.hint_grid**2
-            loss = loss + self.policy(images).sum() + self.task_head(images.new_zeros(len(images), size)).sum()
+            loss = loss + self.policy(images).sum()
+            if self.config.timestep.reward == "task":
+                loss = loss + self.task_head(images.new_zeros(len(images), size)).sum()
         loss.backward()
 
     def frozen_multiply_adds(self) -> int:
