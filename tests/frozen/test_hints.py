@@ -37,7 +37,7 @@ def both(feed, factory, tiny_denoiser, tmp_path):
 
 
 def test_statistics_agree_though_the_store_holds_shifted_views_too(both, feed):
-    live, stored = (statistics(hints, TIMESTEPS, feed.sweep(64, torch.device("cpu")), 2) for hints in both)
+    live, stored = (statistics(hints, TIMESTEPS, feed.sweep(64, torch.device("cpu"))) for hints in both)
     torch.testing.assert_close(live, stored, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(live[0], live[1])  # two timesteps differ, so the order is right
 

@@ -1,6 +1,7 @@
 """Learning from labels, from scratch or from a distilled run: pytest tests/methods/test_finetune.py"""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -111,7 +112,10 @@ def test_a_toy_task_is_learnt():
 def test_it_starts_from_a_finished_run(run):
     folder, student = run
     method = built(init=str(folder))
-    assert method.loaded == {"matched": len(student.backbone.state_dict()), "new": 2}
+    found = {"matched": len(student.backbone.state_dict()), "missing": (), "left_over": (), "mismatched": ()}
+    assert asdict(method.loaded) == found | {"new": ("head.weight", "head.bias")}
+    said = "matched 18, missing none, left over none, mismatched none, new 2 (head.weight, head.bias)"
+    assert method.notes == (f"started from {folder}: {said}",)
     assert method.licence == "CC-BY-4.0"
     for name, value in student.backbone.state_dict().items():
         assert torch.equal(method.student.backbone.state_dict()[name], value)
@@ -122,7 +126,7 @@ def test_it_starts_from_a_run_that_had_a_classifier_of_other_classes(tmp_path):
     other = Finetune(FinetuneConfig(student=CONV), 7, 8)
     other.export(tmp_path)
     (tmp_path / "result.json").write_text("{}")
-    assert built(init=str(tmp_path)).loaded["new"] == 2
+    assert built(init=str(tmp_path)).loaded.new == ("head.weight", "head.bias")
 
 
 def refused(folder):
@@ -140,11 +144,34 @@ def test_a_run_that_does_not_fit_is_refused(run):
     name = "stem.0.weight"
     assert name in state
     save_file({n: v for n, v in state.items() if n != name}, file)
-    assert f"1 tensors differ, first '{name}'" in refused(folder)
+    assert f"does not fit conv_small: matched 17, missing 1 ({name}), left over none" in refused(folder)
     save_file(state | {"extra": torch.zeros(1)}, file)
-    assert "first 'extra'" in refused(folder)
+    assert "matched 18, missing none, left over 1 (extra), mismatched none" in refused(folder)
     save_file(state | {name: torch.zeros(32, 3, 3, 3)}, file)
-    assert f"first '{name}'" in refused(folder)
+    assert f"mismatched 1 ({name}: (32, 3, 3, 3) there, (32, 1, 3, 3) here)" in refused(folder)
+
+
+def test_another_stem_is_refused_with_both_shapes(tmp_path):
+    """D10: distilled with timm's stem, fine-tuned with the small one; every other tensor of the two fits."""
+    save_student(tmp_path, Student(StudentConfig(name="resnet18")))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        load_backbone(Student(StudentConfig(name="resnet18_cifar"), 10), tmp_path)
+    told = str(caught.value)
+    assert f"{tmp_path}, a resnet18, does not fit resnet18_cifar: matched 119, missing none" in told
+    assert "mismatched 1 (conv1.weight: (64, 3, 7, 7) there, (64, 3, 3, 3) here)" in told and "\n" not in told
+
+
+def test_the_head_stays_the_fresh_one(tmp_path):
+    """Of the classifier nothing is taken, whatever stands in the file under its name."""
+    other = Student(CONV, 3)
+    save_student(tmp_path, other)
+    (tmp_path / "result.json").write_text("{}")
+    student = Student(CONV, 3)
+    before = student.backbone.head.weight.clone()
+    load_backbone(student, tmp_path)
+    assert torch.equal(student.backbone.head.weight, before)
+    assert torch.equal(student.backbone.layer1[0].weight, other.backbone.layer1[0].weight)
 
 
 def test_a_run_that_cannot_be_read_is_refused(run):

@@ -715,3 +715,54 @@ def test_self_critical_is_the_reward_of_the_best_choice(tiny):
 def test_the_common_reward_needs_the_teacher_itself(tiny):
     with pytest.raises(ValueError, match="features does not hold them"):
         config(tiny, policy(reward="common"), features="somewhere")
+
+
+# Other comparisons
+
+
+@pytest.mark.parametrize("grid", [1, 2, None])
+@pytest.mark.parametrize("loss", ["l2", "l1", "l2_norm", "cosine", "at", "rkd", "info_nce"])
+def test_every_loss_reaches_student_and_projector(tiny, loss, grid):
+    if loss == "at" and grid is not None:
+        with pytest.raises(ValueError, match="compares whole maps as they are: hint_grid null"):
+            config(tiny, loss=loss, hint_grid=grid)
+        return
+    method = built(tiny, loss=loss, hint_grid=grid)
+    parts = method(batch(), rows(), 0.0)
+    with_projector = {"student", "projector"} if method.comparison.needs_projector else {"student"}
+    assert reached(method, parts["kd_loss"]) == with_projector
+    assert {n.split(".")[0] for n, _ in method.named_parameters()} == with_projector | {"policy", "task_head"}
+
+
+@pytest.mark.parametrize(("loss", "distance"), [("l2", F.mse_loss), ("l1", F.l1_loss)])
+def test_the_dense_hint_is_on_the_teachers_own_grid(tiny, loss, distance):
+    """By hand: 1x1 projection, then bilinear onto the teacher's map where the sizes differ."""
+    method = built(tiny, TimestepConfig(select="fixed", values=(7,)), loss=loss, hint_grid=None)
+    shown = batch()
+    code = method.teacher.network.features(shown.images, 7, ["mid"])["mid"]
+    student = F.conv2d(method.student.feature_map(shown.images), method.projector.weight, method.projector.bias)
+    expected = distance(F.interpolate(student, code.shape[-2:], mode="bilinear", align_corners=False), code)
+    torch.testing.assert_close(method(shown, rows(), 0.0)["kd_loss"], expected)
+
+
+def test_a_projector_that_sees_neighbours(tiny):
+    method = built(tiny, hint_grid=None, projector="conv")
+    assert method.projector.weight.shape[-2:] == (3, 3)
+    assert reached(method, method(batch(), rows(), 0.0)["kd_loss"]) == {"student", "projector"}
+    with pytest.raises(ValueError, match="needs whole maps, hint_grid null"):
+        config(tiny, projector="conv")
+
+
+def test_relations_need_three_images(tiny):
+    with pytest.raises(UserError, match="compares images in threes"):
+        built(tiny, loss="rkd")(batch((0, 1)), rows(2), 0.0)
+
+
+def test_whole_maps_are_counted_and_standardised(tiny):
+    method = built(tiny, TimestepConfig(select="list", values=CHOICES), hint_grid=None, standardise="per_timestep")
+    method.prepare([batch(), batch(seed=1)])
+    codes = [method.code(batch(seed=s), torch.full((6,), 1), rows()) for s in (0, 1)]
+    flat = torch.cat(codes).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(len(flat)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(flat.std(1, correction=0), torch.ones(len(flat)), rtol=1e-4, atol=1e-4)
+    method.dry_step(torch.rand(2, 3, 8, 8))

@@ -174,12 +174,14 @@ class FeatureStore:
         self.teacher, self.licence = self.manifest["teacher"], self.manifest["licence"]
         self._held: dict[tuple[str, torch.device], Tensor] = {}
 
-    def check(self, tap: str, grid: int) -> None:
-        """Refuse a tap that is not in the store, or maps pooled to another grid."""
+    def check(self, tap: str, grid: int | None) -> None:
+        """Refuse a tap that is not in the store, or maps pooled to another grid; None: any that were not pooled."""
         if tap not in self.manifest["shapes"]:
             raise UserError(f"{self.folder} has no tap '{tap}'; {nearest(tap, self.manifest['shapes'])}")
         shape = self.manifest["shapes"][tap]
-        if shape[1:] != [grid, grid]:
+        if grid is None and self.manifest["pool"] is not None:
+            raise UserError(f"{self.folder} holds '{tap}' pooled, and method.hint_grid null asks for whole maps")
+        if grid is not None and shape[1:] != [grid, grid]:
             raise UserError(f"{self.folder} holds '{tap}' as {shape}, not on a {grid}x{grid} grid (method.hint_grid)")
 
     def check_timesteps(self, timesteps: Iterable[int]) -> None:

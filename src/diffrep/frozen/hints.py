@@ -27,7 +27,7 @@ class LiveHints:
         self,
         reference: str,
         tap: str,
-        grid: int,
+        grid: int | None,
         noise: Literal["forward"] | None,
         allow_code: bool,
         passes: PassConfig | None = None,
@@ -51,9 +51,9 @@ class LiveHints:
         """Any images will do."""
 
     def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
-        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
+        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,); whole maps where grid is None."""
         feature = self.network.features(batch.images, timestep, [self.tap], noise=self.noise, rng=rng)
-        return pooled(feature[self.tap].float(), self.grid)
+        return feature[self.tap] if self.grid is None else pooled(feature[self.tap], self.grid)
 
     def multiply_adds(self) -> int:
         """Per image and step."""
@@ -63,7 +63,7 @@ class LiveHints:
 class StoredHints:
     """A feature store in the teacher's place: the teacher is not even loaded."""
 
-    def __init__(self, folder: str, tap: str, grid: int) -> None:
+    def __init__(self, folder: str, tap: str, grid: int | None) -> None:
         self.store, self.tap = FeatureStore(folder), tap
         self.store.check(tap, grid)
         self.channels = self.store.channels(tap)
@@ -87,7 +87,7 @@ class StoredHints:
         return 0
 
 
-def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches: Iterable[Batch], grid: int) -> Tensor:
+def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
     """(A, 2, C) float64: mean and mean square per timestep and channel over ``batches``."""
     sums = torch.zeros(len(timesteps), 2, hints.channels, dtype=torch.float64)
     count = 0
@@ -96,5 +96,5 @@ def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches
             rng = Rows(stream(0, "statistics", t, number, device=batch.images.device), len(batch.images))
             codes = hints.hint(batch, torch.full_like(batch.index, t), rng).double()  # (B, C, g, g)
             sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
-        count += len(batch.images) * grid**2
+        count += len(batch.images) * codes.shape[2] * codes.shape[3]
     return sums / max(count, 1)

@@ -47,7 +47,10 @@ class RepFusionConfig(MethodConfig):
     student: StudentConfig
     timestep: TimestepConfig
     noise: Literal["forward"] | None = None  # None: clean image (official); forward: x_t
-    hint_grid: int = Field(1, ge=1)  # cells per side that teacher and student are pooled to
+    # How student and teacher are compared: l2 is the paper's hint, at attention transfer, rkd relations of images.
+    loss: Literal["l2", "l1", "l2_norm", "cosine", "at", "rkd", "info_nce"] = "l2"
+    hint_grid: int | None = Field(1, ge=1)  # cells per side both are pooled to; None: the teacher's own grid (dense)
+    projector: Literal["linear", "conv"] = "linear"  # to the teacher's width: 1x1 (official) or 3x3
     standardise: Literal["none", "joint", "per_timestep"] = "none"  # of the hint, per channel, over the training set
     kd_weight: float = Field(1.0, ge=0)  # official kd_weight
     task_weight: float = Field(1.0, ge=0)  # of the task head's cross-entropy; reaches the head alone
@@ -59,11 +62,18 @@ class RepFusionConfig(MethodConfig):
     def _fits(self) -> RepFusionConfig:
         if self.standardise == "per_timestep" and len(self.timestep.choices()) > MAX_SEPARATE:
             raise ValueError(f"standardise 'per_timestep' takes at most {MAX_SEPARATE} timesteps; use 'joint'")
+        self._compares()
         if self.features and self.noise:
             raise ValueError("features holds clean-image hints; it cannot be used with noise 'forward'")
         if self.features and self.timestep.select == "policy" and self.timestep.reward == "common":
             raise ValueError("reward 'common' looks at mirrored images, and features does not hold them")
         return self
+
+    def _compares(self) -> None:
+        if self.loss == "at" and (self.hint_grid is not None or self.standardise != "none"):
+            raise ValueError("loss 'at' compares whole maps as they are: hint_grid null, standardise 'none'")
+        if self.projector == "conv" and self.hint_grid is not None:
+            raise ValueError("projector 'conv' looks at neighbours: it needs whole maps, hint_grid null")
 
     def label_readers(self) -> tuple[str, ...]:
         if not self.timestep.reads_labels:
@@ -91,14 +101,16 @@ class RepFusion(Method):
         choices = config.timestep.choices()
         self.teacher.check(choices, image_size)
         channels = self.teacher.channels
-        code_size = channels * config.hint_grid**2
+        self.comparison = losses.FEATURE_LOSSES[config.loss]
         self.student = Student(config.student)
         width, self.uses_all_parameters = self.student.try_out(image_size)
-        self.projector = nn.Conv2d(width, channels, 1)
+        if self.comparison.needs_projector:
+            size = {"linear": 1, "conv": 3}[config.projector]
+            self.projector = nn.Conv2d(width, channels, size, padding="same")
         if config.timestep.select == "policy":
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
             if config.timestep.reward == "task":
-                self.task_head = mlp(code_size, channels, channels, num_classes)
+                self.task_head = mlp(self.code_size, channels, channels, num_classes)
         rows = len(choices) if config.standardise == "per_timestep" else 1
         self.register_buffer("timesteps", torch.tensor(choices), persistent=False)
         self.register_buffer("hint_mean", torch.zeros(rows, channels, 1, 1))
@@ -116,8 +128,9 @@ class RepFusion(Method):
         choice, logits = self.choose(batch.images, rng, progress)  # (B,), (B, A) or None
 
         # 2. Teacher and student look at the same images; the student imitates.
-        code, imitation = self.code(batch, choice, rng), self.imitation(batch.images)  # both (B, C, g, g)
-        kd_loss = losses.feature_mse(imitation, code).mean()
+        code = self.code(batch, choice, rng)  # (B, C, g, g)
+        imitation = self.imitation(batch.images, code)
+        kd_loss = self.comparison.function(imitation, code).mean()
         parts = {"kd_loss": kd_loss, "mean_timestep": self.timesteps[choice].float().mean()}
         loss = self.config.kd_weight * kd_loss
         if logits is None:
@@ -176,21 +189,21 @@ class RepFusion(Method):
         kind = self.config.timestep.reward
         if kind == "task":
             assert batch.labels is not None
-            logits = self.task_head(code.flatten(1))
+            logits = self.task_head(self.summary(code))
             task_loss = F.cross_entropy(logits, batch.labels.clamp(min=0), reduction="none")
             return -task_loss.detach(), task_loss
         if kind == "least_squares":
             return self._told_by_labels(code, batch), None
         if kind == "student":
-            return rewards.least_squares(code, imitation), None
+            return rewards.least_squares(self.summary(code), self.summary(imitation)), None
         mirrored = replace(batch, images=batch.images.flip(3))
-        return rewards.common(code, self.code(mirrored, choice, rng)), None
+        return rewards.common(self.summary(code), self.summary(self.code(mirrored, choice, rng))), None
 
     def _told_by_labels(self, code: Tensor, batch: Batch) -> Tensor:
         known, found = self.known(batch), code.new_zeros(len(code))
         assert batch.labels is not None
         goal = F.one_hot(batch.labels[known], self.num_classes).to(code)
-        found[known] = rewards.least_squares(code[known], goal)
+        found[known] = rewards.least_squares(self.summary(code)[known], goal)
         return found
 
     def baseline(self, batch: Batch, logits: Tensor, rng: Rows, imitation: Tensor) -> Tensor:
@@ -201,9 +214,23 @@ class RepFusion(Method):
             return self.reward(self.code(batch, best, rng), batch, best, rng, imitation)[0]
         return self.running_reward if kind == "running_mean" else torch.zeros_like(self.running_reward)
 
-    def imitation(self, images: Tensor) -> Tensor:
-        """The student's map on the teacher's grid and in its width, (B, C, g, g)."""
-        return self.projector(losses.pooled(self.student.feature_map(images), self.config.hint_grid))
+    def imitation(self, images: Tensor, code: Tensor) -> Tensor:
+        """The student's map on the code's grid and in its width, (B, C, g, g); at and rkd take it as it is."""
+        feature, grid = self.student.feature_map(images), self.config.hint_grid
+        if grid is not None:
+            feature = losses.pooled(feature, grid)
+        if self.comparison.needs_projector:
+            feature = self.projector(feature)
+        return feature if feature.shape[-2:] == code.shape[-2:] else losses.resized(feature, code)
+
+    @property
+    def code_size(self) -> int:
+        """Numbers of a code that the task head and rewards read: whole maps are pooled for them."""
+        return self.teacher.channels * (self.config.hint_grid or 1) ** 2
+
+    def summary(self, code: Tensor) -> Tensor:
+        """(B, C, g, g) -> (B, code_size)."""
+        return losses.pooled(code, self.config.hint_grid or 1).flatten(1)
 
     def standardised(self, code: Tensor, choice: Tensor) -> Tensor:
         row = choice if len(self.hint_mean) > 1 else torch.zeros_like(choice)
@@ -228,8 +255,7 @@ class RepFusion(Method):
         """Mean and deviation of the hint per channel, over the training set and the timesteps in use."""
         if self.config.standardise == "none":
             return
-        grid = self.config.hint_grid
-        rows = statistics(self.teacher, self._representative(), batches, grid)  # (A', 2, C): mean, mean of squares
+        rows = statistics(self.teacher, self._representative(), batches)  # (A', 2, C): mean, mean of squares
         rows = rows if self.config.standardise == "per_timestep" else rows.mean(0, keepdim=True)
         mean, square = rows.unbind(1)
         deviation = (square - mean.square()).clamp(min=0).sqrt()
@@ -246,7 +272,8 @@ class RepFusion(Method):
         self.teacher.check_data(fingerprint, augment)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups = {"student": [*self.student.parameters(), *self.projector.parameters()]}
+        projector = [*self.projector.parameters()] if self.comparison.needs_projector else []
+        groups = {"student": [*self.student.parameters(), *projector]}
         if self.config.timestep.select == "policy":
             head = {"task_head": [*self.task_head.parameters()]} if self.config.timestep.reward == "task" else {}
             groups |= {**head, "policy": [*self.policy.parameters()]}
@@ -254,12 +281,12 @@ class RepFusion(Method):
 
     def dry_step(self, images: Tensor) -> None:
         """Student, projector, policy and task head; the teacher's share is counted apart."""
-        loss = self.imitation(images).sum()
+        grid = self.config.hint_grid or 1
+        loss = self.imitation(images, images.new_zeros(len(images), self.teacher.channels, grid, grid)).sum()
         if self.config.timestep.select == "policy":
-            size = self.teacher.channels * self.config.hint_grid**2
             loss = loss + self.policy(images).sum()
             if self.config.timestep.reward == "task":
-                loss = loss + self.task_head(images.new_zeros(len(images), size)).sum()
+                loss = loss + self.task_head(images.new_zeros(len(images), self.code_size)).sum()
         loss.backward()
 
     def frozen_multiply_adds(self) -> int:
