@@ -321,7 +321,7 @@ def test_the_ledger_lists_them_with_rivals_and_stays_narrow(tmp_path):
     [
         ("dmkd_imagenet_rn18_200k", "runs/dmkd_imagenet_set_low/set-s0 is no finished synthetic set"),
         ("dmkd_imagenet100_rn18_teacher", "data/imagenet does not exist"),
-        ("dmkd_imagenet_set_low", "weights/diffusers/DiT-XL-2-256"),
+        ("dmkd_imagenet_set_low", "dit-xl-2-256 is not here: diffrep assets fetch dit-xl-2-256"),
         ("dmkd_flowers102_set_low", "weights/diffusers/stable-diffusion"),
     ],
 )

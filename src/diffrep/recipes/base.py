@@ -128,6 +128,8 @@ class Recipe(Listed):
             raise ValueError(
                 f"data.labelled_share {share} of batch_size {self.train.batch_size} is less than one image"
             )
+        if self.method.kind == "repfusion" and self.method.loss == "rkd" and self.train.batch_size < 3:
+            raise ValueError("loss 'rkd' compares images in threes: train.batch_size is at least 3")
         if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
             raise ValueError(
                 "method.features replays a list of timesteps; timestep.select 'range' needs the teacher itself"

@@ -24,10 +24,10 @@ from diffrep.training.trainer import TrainConfig
 
 Triple = tuple[float, float, float]
 
-DIT = "weights/diffusers/DiT-XL-2-256"  # three words, because two are a repository of the Hub
+DIT = "dit-xl-2-256?vae=sd-vae-mse"  # keys of published weights: the official file, and the VAE of the official script
 DIT_NEEDED = (
-    f"weights: DiT-XL/2 at 256 pixels with the mse VAE in {DIT}, a diffusers folder of safetensors files "
-    "(CC BY-NC 4.0: not for commercial use; docs/dmkd.md says how to get it); the official .pt is for a later release"
+    "weights: DiT-XL/2 at 256 pixels and its VAE (diffrep assets fetch dit-xl-2-256 --accept-licence; diffrep assets "
+    "fetch sd-vae-mse; CC BY-NC 4.0: not for commercial use)"
 )
 HELD_OUT = "a tenth of the training images is held out, to choose on; the published runs chose on the test images"
 
