@@ -27,6 +27,7 @@ from diffrep.launch.engines import chosen
 from diffrep.launch.jobs import Engine, close
 from diffrep.launch.reproduce import Plan, Reproduced, converted, planned
 from diffrep.methods.repfusion import RepFusionConfig
+from diffrep.models.export import export
 from diffrep.recipes import RECIPES
 from diffrep.recipes.base import FeatureTask, Published, Recipe, Study, SweepTask, SynthesisTask, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
@@ -35,9 +36,9 @@ from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
 
 __all__ = [
-    "card", "convert", "dry_run", "evaluate", "features", "generate", "generation_cost", "load_data", "load_teacher",
-    "probe", "recipes", "regenerate", "report", "reproduce", "run", "score", "show", "synthesis_cost", "synthesize",
-    "tokenize",
+    "card", "convert", "dry_run", "evaluate", "export", "features", "generate", "generation_cost", "load_data",
+    "load_teacher", "probe", "recipes", "regenerate", "report", "reproduce", "run", "score", "show", "synthesis_cost",
+    "synthesize", "tokenize",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from diffrep import __version__
 from diffrep.data.assets_verb import add_assets_verbs
 from diffrep.errors import DiffrepError
 from diffrep.evaluation.options import score_verb
+from diffrep.launch.export_verb import add_export_verb
 from diffrep.launch.features_verb import add_features_verb
 from diffrep.launch.generate_verb import add_generate_verb
 from diffrep.launch.options import synthesize_verb, with_partition
@@ -216,6 +217,7 @@ def _reported(verb: str, given: dict[str, Any], as_json: bool) -> None:
 
 app.command()(score_verb(lambda given, as_json: _reported("score", given, as_json)))
 add_reproduce_verb(app, _reported)
+add_export_verb(app, _reported)
 
 
 @app.command()
@@ -251,7 +253,7 @@ add_assets_verbs(app, _show)
 def data_check(name: str, path: Path, as_json: AsJson = False) -> None:
     """Count images and classes, print the hash, name what is missing.
 
-    NAME: cifar10, cifar100, dmkd, flowers102, folder, imagenet, parquet.
+    NAME: celebahq, cifar10, cifar100, dmkd, flowers102, folder, imagenet, parquet, tiny-imagenet.
 
     Example: diffrep data check cifar10 cifar-10-python.tar.gz
     """

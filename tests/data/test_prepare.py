@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -223,6 +225,32 @@ def test_a_choice_of_imagenet_classes_has_fifty_test_images_each(shared, tmp_pat
     assert report.missing == ("test has 2 of 100 images",) and report.classes == ("n01440764", "n01698640")
 
 
+def test_a_slice_of_tiny_imagenet_and_its_zip_file(shared, tmp_path):
+    folder = shared / "fixtures/tiny-imagenet-200"
+    report = check("tiny-imagenet", folder)
+    assert report.parts == {"train": 50, "test": 20} and report.splits == {"train": 45, "validation": 5, "test": 20}
+    assert report.missing == ("train has 50 of 100000 images", "test has 20 of 10000 images")
+    with zipfile.ZipFile(tmp_path / "tiny.zip", "w") as archive:
+        for file in folder.rglob("*"):
+            archive.write(file, f"tiny-imagenet-200/{file.relative_to(folder).as_posix()}")
+    assert check("tiny-imagenet", tmp_path / "tiny.zip").fingerprints == report.fingerprints
+
+
+def test_what_tiny_imagenet_lacks_is_named(shared, tmp_path):
+    root = shutil.copytree(shared / "fixtures/tiny-imagenet-200", tmp_path / "tiny", copy_function=shutil.copyfile)
+    shutil.rmtree(root / "train/n02124075")
+    (root / "val/images/val_1.JPEG").write_bytes(b"x")
+    report = check("tiny-imagenet", root)
+    assert report.missing[2] == "train has no image of 1 classes (n02124075, ...)"
+    assert report.unreadable == ("val/images/val_1.JPEG (not an image)",)
+
+
+def test_a_sample_of_celebahq(shared):
+    report = check("celebahq", shared / "fixtures/celebamask_hq")
+    assert report.parts == {"train": 2, "test": 1} and "classes: none, unlabelled" in report.lines()
+    assert report.missing[:2] == ("train has 2 of 24183 images", "validation has 0 of 2993 images")
+
+
 def test_flowers_without_photographs_are_no_set(shared):
     with pytest.raises(UserError, match=r"8189 of 8189 images are missing, first jpg/image_00001.jpg"):
         check("flowers102", shared / "fixtures/flowers-102")
@@ -250,7 +278,7 @@ def test_images_of_many_sizes_can_be_checked(shared):
     assert report.parts == {"validation": 20} and report.splits == {"train": 0, "validation": 20, "test": 0}
 
 
-@pytest.mark.parametrize(("name", "words"), [("cifar", "did you mean 'cifar10'"), ("digits", "valid: cifar10")])
+@pytest.mark.parametrize(("name", "words"), [("cifar", "did you mean 'cifar10'"), ("digits", "valid: celebahq")])
 def test_unknown_names_are_refused(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         check(name, tmp_path)

@@ -152,8 +152,8 @@ def test_a_plan_stays_within_its_budget(train, held_out, budget, levels):
 
 
 def test_what_cannot_be_searched_is_refused():
-    with pytest.raises(UserError, match="7 images at each of 8 noise levels are too few for 5 classes"):
-        searched(teacher(), budget=0.005)
+    with pytest.raises(UserError, match="8 images at each of 8 noise levels are too few for 5 classes"):
+        searched(teacher(), budget=0.004)
     with pytest.raises(UserError, match="at least 3 noise levels to start from, not 2"):
         searched(teacher(), sigmas=(0.1, 0.2))
 

@@ -160,6 +160,15 @@ def test_another_stem_is_refused_with_both_shapes(tmp_path):
     told = str(caught.value)
     assert f"{tmp_path}, a resnet18, does not fit resnet18_cifar: matched 119, missing none" in told
     assert "mismatched 1 (conv1.weight: (64, 3, 7, 7) there, (64, 3, 3, 3) here)" in told and "\n" not in told
+    with pytest.raises(
+        UserError, match=r"init_skip: resnet18_cifar has no 'conv1.weigth'; did you mean 'conv1.weight'"
+    ):
+        load_backbone(Student(StudentConfig(name="resnet18_cifar"), 10), tmp_path, ("conv1.weigth",))
+    student = Student(StudentConfig(name="resnet18_cifar"), 10)
+    before = student.backbone.conv1.weight.clone()
+    found = load_backbone(student, tmp_path, ("conv1.weight",))  # as released, but said
+    assert found.matched == 119 and found.new == ("conv1.weight", "fc.weight", "fc.bias")
+    assert torch.equal(student.backbone.conv1.weight, before)
 
 
 def test_the_head_stays_the_fresh_one(tmp_path):

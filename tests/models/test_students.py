@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffrep.errors import UserError
-from diffrep.models.students import Student, StudentConfig, create
+from diffrep.models import cifar
+from diffrep.models.students import OWN, Student, StudentConfig, create
 
 GREY = {"in_chans": 1}
 KINDS = [
@@ -15,6 +16,7 @@ KINDS = [
     ("mlp_small", {**GREY, "img_size": 8}, 8, (64, 2, 2), 256),
     ("resnet18_cifar", {}, 32, (512, 4, 4), 512),
     ("mobilenetv2_035", {}, 32, (1280, 1, 1), 1280),
+    ("mobilenetv2_cifar", {}, 32, (1280, 4, 4), 1280),
     ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8}, 32, (192, 4, 4), 192),
 ]
 
@@ -40,7 +42,99 @@ def test_our_small_networks_have_the_parameters_they_claim():
 
     assert count("conv_small", in_chans=1) == 55904
     assert count("mlp_small", in_chans=1, img_size=8) == 83456
-    assert count("resnet18_cifar") == 11168832  # specification, section 4: 11.169 M
+
+
+FUSED = {"head_conv_bias": False}  # HRNet's neck as the official one: no biases before batch norms
+# RepFusion's students (specification, section 4): millions of parameters, pixels, map at the official tap.
+PUBLISHED = [
+    ("resnet18_cifar", {}, 11.169, 32, (512, 4, 4)),
+    ("resnet18_cifar", {}, 11.169, 64, (512, 8, 8)),
+    ("resnet18", {}, 11.177, 64, (512, 2, 2)),
+    ("resnet18", {}, 11.177, 256, (512, 8, 8)),
+    ("resnet50", {}, 23.508, 256, (2048, 8, 8)),
+    ("mobilenetv2_cifar", {}, 2.224, 32, (1280, 4, 4)),
+    ("mobilenetv2_cifar", {}, 2.224, 64, (1280, 8, 8)),
+    ("hrnet_w18", FUSED, 9.562 + 9.684, 256, (2048, 8, 8)),
+]
+
+
+@pytest.mark.parametrize("name, options, millions, size, shape", PUBLISHED)
+def test_published_students_have_their_parameters_and_maps(name, options, millions, size, shape):
+    with torch.device("meta"):
+        student = Student(StudentConfig(name=name, options=options)).eval()
+        found = student.feature_map(torch.zeros(1, 3, size, size))
+    assert found.shape == (1, *shape)
+    assert round(sum(p.numel() for p in student.parameters()) / 1e6, 3) == round(millions, 3)
+
+
+def test_hrnets_parts_are_the_official_backbone_and_neck():
+    with torch.device("meta"):
+        network = create("hrnet_w18", 0, **FUSED)
+    neck = ("incre_modules.", "downsamp_modules.", "final_layer.")
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    of_neck = sum(count for name, count in sizes.items() if name.startswith(neck))
+    assert (round(of_neck / 1e6, 3), round((sum(sizes.values()) - of_neck) / 1e6, 3)) == (9.684, 9.562)
+    assert sum(not name.startswith(neck) for name in network.state_dict()) == 1830  # specification, section 4
+
+
+def test_hrnets_map_is_the_chain_of_its_neck():
+    """HRFuseScales: each branch widened, the sum so far halved and added to the next, at last 1x1 to 2048."""
+    torch.manual_seed(0)
+    student, x = Student(StudentConfig(name="hrnet_w18", options=FUSED)).eval(), images(64, 1)
+    network = student.backbone
+    with torch.no_grad():
+        h = network.act1(network.bn1(network.conv1(student.normalise(x))))
+        wide = [
+            w(b)
+            for w, b in zip(
+                network.incre_modules, network.stages(network.act2(network.bn2(network.conv2(h)))), strict=True
+            )
+        ]
+        assert [w.shape[1:] for w in wide] == [(128, 16, 16), (256, 8, 8), (512, 4, 4), (1024, 2, 2)]
+        total = wide[0]
+        for halve, branch in zip(network.downsamp_modules, wide[1:], strict=True):
+            total = halve(total) + branch
+        torch.testing.assert_close(student.feature_map(x), network.final_layer(total))
+
+
+def test_every_part_of_hrnet_and_its_neck_has_a_part_in_the_map():
+    assert Student(StudentConfig(name="hrnet_w18", options=FUSED)).try_out(32) == (2048, True)
+
+
+@pytest.mark.parametrize(
+    "name, tap", [("resnet18_cifar", "layer4.1.act2"), ("resnet18", "layer4.1.act2"), ("mobilenetv2_cifar", "bn2")]
+)
+def test_the_official_tap_is_the_last_map(name, tap):
+    """Official words: layer4.1.relu, conv2.activate."""
+    torch.manual_seed(0)
+    student, x = Student(StudentConfig(name=name)).eval(), images(64, 1)
+    torch.manual_seed(0)
+    tapped = Student(StudentConfig(name=name, tap=tap)).eval()
+    with torch.no_grad():
+        assert torch.equal(student.feature_map(x), tapped.feature_map(x))
+
+
+def test_mobilenet_for_cifar_differs_from_timms_in_two_strides():
+    with torch.device("meta"):
+        small, standard = create("mobilenetv2_cifar", 10), create("mobilenetv2_100", 10)
+    shapes = [{n: v.shape for n, v in network.state_dict().items()} for network in (small, standard)]
+    assert shapes[0] == shapes[1]
+    convolutions = {n: m for n, m in standard.named_modules() if isinstance(m, nn.Conv2d)}
+    other = [n for n, m in convolutions.items() if m.stride != small.get_submodule(n).stride]
+    assert other == ["conv_stem", "blocks.2.0.conv_dw"]
+    places = cifar.features(small, torch.zeros(1, 3, 32, 32, device="meta"))[:-1]
+    found = [(f.shape[1], 32 // f.shape[2], p["module"]) for f, p in zip(places, small.feature_info, strict=True)]
+    assert found == [(p["num_chs"], p["reduction"], p["module"]) for p in small.feature_info]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_ours_has_no_pretrained_weights(name):
+    """timm's create_model("local-dir:...", pretrained=True) would otherwise give random ones in silence."""
+    create("conv_small", 0)
+    import timm
+
+    with pytest.raises(UserError, match=f"{name} is diffrep's: build it without pretrained"):
+        timm.create_model(name, pretrained=True)
 
 
 def test_resnet18_for_cifar_has_the_stem_and_timms_names():

@@ -85,14 +85,16 @@ def test_every_stage_builds_and_takes_a_step(pipeline, token_networks, name, sta
 def learns(task, pipeline):
     """Images of 224 pixels are tried at 32, which ImageNet's networks take as well."""
     student = getattr(task.method, "student", None)
-    size = 32 if task.data.image_size or "cifar" in f"{task.data.source} {student and student.name}" else 8
+    told = f"{task.data.source} {student and student.name}"
+    size = 32 if task.data.image_size or "cifar" in told or "imagenet" in told else 8
     assert augmentation(task.data.augment).reach < size
     changes = {"teacher": teacher_of(task, pipeline, size), "features": None, "init": None, "answers": None}
     method = task.method.model_copy(update={k: v for k, v in changes.items() if k in type(task.method).model_fields})
     built = METHODS[method.kind](method, 10, size).train()
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    shown = Batch(images, torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    loss = built(shown, Rows(torch.Generator().manual_seed(0), 2), 0.0)["loss"]
+    count = 3 if getattr(task.method, "loss", None) == "rkd" else 2  # relations are among three
+    images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shown = Batch(images, torch.arange(count), torch.arange(count), torch.zeros(count, dtype=torch.int64))
+    loss = built(shown, Rows(torch.Generator().manual_seed(0), count), 0.0)["loss"]
     loss.backward()
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in built.parameters())
     unknown = set(task.optim.group_lr) - set(built.parameter_groups())
@@ -105,6 +107,9 @@ def teacher_of(task, pipeline, size):
     place, _, said = str(getattr(task.method, "teacher", "")).partition("?")
     if Path(place).name in OFFICIAL:
         return f"{saved(OFFICIAL[Path(place).name](), pipeline().parent / Path(place).name)}?{said}"
+    if str(getattr(task.method, "tap", "")).startswith("middle_block"):
+        said = f"image_size={size}&head_width=16&attention_order=new&noise_schedule=cosine"
+        return f"{saved(guided_unet(image_size=size), pipeline().parent / f'adm_{size}.pt')}?{said}"
     return diffusion_of(pipeline, size)
 
 

@@ -89,7 +89,7 @@ def _images(root: Path) -> list[str]:
 
 def _refuse_foreign(where: Path, found: list[str]) -> None:
     if foreign := sorted(set(found) - set(official_ids())):
-        advice = "folder: reads other classes, and Tiny-ImageNet"
+        advice = "folder: reads other classes"
         raise UserError(f"{where}: {foreign[0]!r} is none of the 1,000 WordNet ids of ILSVRC-2012; {advice}")
 
 

@@ -30,16 +30,20 @@ from diffrep.data.reference import Prepared, prepare_reference
 from diffrep.data.sources import Source, read_source
 from diffrep.errors import UserError, nearest
 
-CHECKED = ("cifar10", "cifar100", "dmkd", "flowers102", "folder", "imagenet", "parquet")  # NAMEs of `data check`
+CHECKED = (  # NAMEs of `data check`
+    "celebahq", "cifar10", "cifar100", "dmkd", "flowers102", "folder", "imagenet", "parquet", "tiny-imagenet",
+)  # fmt: skip
 _OFFICIAL_ARCHIVES = {  # md5 of the binary and the python version, from https://www.cs.toronto.edu/~kriz/cifar.html
     "cifar10": ("c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"),
     "cifar100": ("03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"),
 }
 _OFFICIAL_COUNTS = {
+    "celebahq": {"train": 24_183, "validation": 2_993, "test": 2_824},
     "cifar10": {"train": 50_000, "test": 10_000},
     "cifar100": {"train": 50_000, "test": 10_000},
     "flowers102": {"train": 1_020, "validation": 1_020, "test": 6_149},
     "imagenet": {"train": 1_281_167, "test": 50_000},
+    "tiny-imagenet": {"train": 100_000, "test": 10_000},
 }
 _VAL_IMAGES_PER_CLASS = 50  # of ImageNet
 _ROWS_PER_GROUP = 256
@@ -189,7 +193,7 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
     for part_name, official in (choice if is_choice else _OFFICIAL_COUNTS.get(name, {})).items():
         if (count := len(source.parts.get(part_name, ()))) != official:
             yield f"{part_name} has {count} of {official} images"
-    for part_name, part in source.parts.items() if name == "imagenet" else ():
+    for part_name, part in source.parts.items() if name in ("imagenet", "tiny-imagenet") else ():
         if absent := classes_without_image(part, source.classes):
             yield f"{part_name} has no image of {len(absent)} classes ({', '.join(absent[:5])}, ...)"
 

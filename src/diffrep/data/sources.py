@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffrep.data.celebahq import read_celebahq
 from diffrep.data.cifar import CIFAR_LICENCE, read_cifar
 from diffrep.data.containers import PART_WORDS, existing, read_hub, read_parquet, torchvision_set
 from diffrep.data.controls import read_noise, read_one_image, read_photographs
@@ -21,6 +22,7 @@ from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, array_part, file_par
 from diffrep.data.lists import read_dmkd
 from diffrep.data.shards import read_synthetic, set_licence
 from diffrep.data.tars import read_shards
+from diffrep.data.tiny_imagenet import read_tiny_imagenet
 from diffrep.errors import UserError, nearest
 
 _MAX_CLASSES = 1 << 16  # without class names, a larger label is taken for a mistake
@@ -167,6 +169,8 @@ def _annotations(root: Path) -> dict[str, str]:
 
 
 _OWN = "unknown: yours"
+_IMAGENET = "ImageNet's terms: non-commercial research and education"
+_CELEBAHQ = "CelebAMask-HQ's terms: non-commercial research; no image, nor data derived from one, may be passed on"
 _PHOTOGRAPHS = "CC BY 2.0 (sample images of scikit-learn)"
 
 KINDS: dict[str, Kind] = {
@@ -178,7 +182,9 @@ KINDS: dict[str, Kind] = {
     "cifar10": Kind(partial(read_cifar, "cifar10"), "FOLDER", CIFAR_LICENCE),
     "cifar100": Kind(partial(read_cifar, "cifar100"), "FOLDER", CIFAR_LICENCE),
     "flowers102": Kind(read_flowers, "FOLDER", "none stated by the authors; cite Nilsback and Zisserman 2008"),
-    "imagenet": Kind(read_imagenet, "FOLDER[@CLASS_LIST]", "ImageNet's terms: non-commercial research and education"),
+    "imagenet": Kind(read_imagenet, "FOLDER[@CLASS_LIST]", _IMAGENET),
+    "tiny-imagenet": Kind(read_tiny_imagenet, "FOLDER_OR_ZIP", _IMAGENET),
+    "celebahq": Kind(read_celebahq, "FOLDER", _CELEBAHQ),
     "dmkd": Kind(read_dmkd, "FOLDER_OR_LIST", "not stated for the released sets; else that of the generator"),
     "folder": Kind(_read_folder, "FOLDER", _OWN),
     "parquet": Kind(read_parquet, "FILE_OR_FOLDER", _OWN),

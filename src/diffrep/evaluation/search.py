@@ -1,16 +1,16 @@
 """The best pair of tap and noise level at a small share of a grid's passes.
 
 All taps are read at every noise level on few images; half of the levels stay for twice as many, and again (successive
-halving: Jamieson and Talwalkar 2016). Between the neighbours of the level that is left, golden section in log sigma
+halving: Jamieson and Talwalkar 2016). Beside the best, on the side of the second best, golden section in log sigma
 looks for a better one (Kiefer 1953). Taps cost no passes of their own, so only those clearly behind are dropped, and
 the last word between the others is spoken on many images at one level: with few labels another tap may lead.
 
 Few images make rough curves, so they are used well. A pair is scored by leaving out one training image at a time:
 every image both teaches and tests. All pairs see the same images with the same noise; those of a rung are among those
 of the next and are not read again. Levels are compared by an accuracy with a soft step, which counts images near the
-border in part, by its mean over the taps, smoothed along log sigma. And test images take no part, so the pair is not
-chosen by them. The rule supposes one maximum along the noise levels, as found for models that generalise (arXiv
-2502.05743).
+border in part: over all taps and smoothed along log sigma while images are few, at the leading tap in the end. And test
+images take no part, so the pair is not chosen by them. The rule supposes one maximum along the noise levels, as found
+for models that generalise (arXiv 2502.05743).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from diffrep.evaluation.sweep import Bench, gathered
 from diffrep.frozen.diffusion import DiffusionTeacher
 
 GRID_LEVELS = 20  # of the grid that the cost is a share of
-REFINEMENTS = 2  # levels that golden section adds
+REFINEMENTS = 2  # steps of golden section; each adds a level, read on as many images as the last of halving
+LAST_SHARE = 3  # of the budget, the last rung takes at most one part in so many
 LEAST_PER_CLASS = 2  # images of the first rung
 MOST_IMAGES, MOST_PER_CLASS = 8192, 32  # of the last rung, whatever the budget: its features are held in memory
 GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
@@ -68,7 +69,7 @@ class Plan:
 
 
 def plan_of(bench: Bench, levels: int) -> Plan:
-    """At most half of the budget for the last rung, the rest for all before.
+    """The largest rungs that the budget allows, the last taking at most its share.
 
     Raises:
         UserError: fewer than three levels; a budget that leaves too few images to compare by.
@@ -78,7 +79,7 @@ def plan_of(bench: Bench, levels: int) -> Plan:
     config, grid, classes = bench.config, GRID_LEVELS * bench.passes, bench.num_classes
     most = min(len(bench.train), max(MOST_IMAGES, MOST_PER_CLASS * classes))
     budget = int(config.budget * grid)
-    last = min(budget // 2, most)
+    last = min(budget // LAST_SHARE, most)
     shape = ((1, levels), (2, -(-levels // 2)), (4, 2), (4, REFINEMENTS))
     units = Plan((*shape, (4, 1)), grid).passes  # of the first rung's images; the last rung adds what goes beyond 4
     first = min((budget - last) // (units - 4), last // 5)
@@ -158,7 +159,7 @@ def search(
         taps = not_behind(table, taps, images)
     refined = refine(searcher, table, by_sigma, taps, more)
     rungs.append(told(refined, more))
-    at = highest(table | refined, taps)
+    at = highest(table | refined, leading(table, taps))
     rungs.append(told(searcher.table([at], taps, most), most))
     best, passes = max(rungs[-1]["rows"], key=lambda row: row["mean"]), searcher.passes
     control = told({at: searcher.scores(untrained, at, taps, most)}, most)["rows"] if untrained else []
@@ -189,9 +190,14 @@ def higher(table: Table, taps: Sequence[str], count: int) -> list[Level]:
     return [levels[k] for k in sorted(chosen)]
 
 
-def highest(table: Table, taps: Sequence[str]) -> Level:
-    """The level with the highest mean over the taps: too few and too close to be smoothed."""
-    return max(table, key=lambda level: mean_over(table, level, taps))
+def leading(table: Table, taps: Sequence[str]) -> str:
+    """The tap with the highest point."""
+    return max(taps, key=lambda tap: max(row[tap] for row in table.values()))
+
+
+def highest(table: Table, tap: str) -> Level:
+    """The level where one tap is highest: levels that are too few and too close to be smoothed."""
+    return max(table, key=lambda level: table[level][tap][1])
 
 
 def mean_over(table: Table, level: Level, taps: Sequence[str]) -> float:
@@ -230,19 +236,23 @@ def _local_line(away: Sequence[float], y: Sequence[float], otherwise: float) -> 
 
 
 def refine(searcher: Searcher, table: Table, by_sigma: Sequence[Level], taps: Sequence[str], images: int) -> Table:
-    """Golden section in log sigma, between the neighbours of the best level so far; what it measured."""
-    measured, refined = dict(table), Table()
-    centre = highest(table, taps)
-    place = by_sigma.index(centre)
-    ends = by_sigma[max(place - 1, 0)], by_sigma[min(place + 1, len(by_sigma) - 1)]
-    bracket: Bracket = tuple(math.log(level.sigma) for level in (ends[0], centre, ends[1]))
+    """Golden section in log sigma, from the best level so far to its neighbour on the side of the second best; what it
+    measured.
+    """
+    measured, refined, tap = dict(table), Table(), leading(table, taps)
+    centre, second = sorted(table, key=lambda level: -table[level][tap][1])[:2]
+    middle, beside = (
+        math.log(centre.sigma),
+        by_sigma[by_sigma.index(centre) + (1 if second.sigma > centre.sigma else -1)],
+    )
+    bracket: Bracket = tuple(sorted((math.log(beside.sigma), middle, middle)))
     for _ in range(REFINEMENTS):
         point = golden_point(bracket)
         level = nearest_level(searcher.teacher.schedule, math.exp(point))
         if level in measured:  # the schedule has no timestep between
             break
         measured[level] = refined[level] = searcher.scores(searcher.teacher, level, taps, images)
-        is_better = mean_over(measured, level, taps) > mean_over(measured, centre, taps)
+        is_better = measured[level][tap][1] > measured[centre][tap][1]
         bracket, centre = narrowed(bracket, point, is_better), level if is_better else centre
     return refined
 

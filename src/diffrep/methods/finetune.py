@@ -6,6 +6,7 @@ nothing frozen). Deviation: loading is strict; what is missing or does not fit i
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from diffrep import losses
 from diffrep.data.batch import Batch
-from diffrep.errors import UserError
+from diffrep.errors import UserError, nearest
 from diffrep.files import read_json
 from diffrep.methods.base import Method, MethodConfig, save_student
+from diffrep.models.stored import Fit, compare
 from diffrep.models.students import Student, StudentConfig
 from diffrep.models.weights import read_weights
 from diffrep.randomness import Rows
@@ -30,6 +32,7 @@ class FinetuneConfig(MethodConfig):
     kind: Literal["finetune"] = "finetune"
     student: StudentConfig
     init: str | None = None  # a finished run whose weights the backbone starts from
+    init_skip: tuple[str, ...] = ()  # tensors of init that are left there, e.g. conv1.weight of another stem
     head_first: float = Field(0.0, ge=0, lt=1)  # share of the steps in which only the head learns
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
@@ -45,9 +48,10 @@ class Finetune(Method):
         self.config = config
         self.student = Student(config.student, num_classes)
         self.uses_all_parameters = config.head_first == 0
-        self.loaded = load_backbone(self.student, Path(config.init)) if config.init else None
+        self.loaded = load_backbone(self.student, Path(config.init), config.init_skip) if config.init else None
         self.student.try_out(image_size)
         if config.init:
+            self.notes = (f"started from {config.init}: {self.loaded}",)
             start = read_json(Path(config.init) / "result.json")
             self.licence = start.get("licence", Method.licence)
             seen = start.get("labels_seen", {}) | start.get("labels_behind", {})
@@ -88,14 +92,14 @@ class Finetune(Method):
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         save_student(run_dir, self.student)
-        return {"init": self.config.init, "loaded": self.loaded}
+        return {"init": self.config.init, "loaded": asdict(self.loaded) if self.loaded else None}
 
 
-def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
-    """Start ``student`` from a finished run's backbone; only the classifier may differ.
+def load_backbone(student: Student, run_dir: Path, skip: tuple[str, ...] = ()) -> Fit:
+    """Start ``student`` from a finished run's backbone; only the classifier may differ. Returns what was taken over.
 
-    Returns:
-        {"matched": tensors taken over, "new": tensors of the fresh classifier}.
+    Args:
+        skip: names of further tensors that stay as ``student`` has them.
 
     Raises:
         UserError: the run has no student, or a tensor is missing, left over or of another shape.
@@ -104,20 +108,20 @@ def load_backbone(student: Student, run_dir: Path) -> dict[str, int]:
         raise UserError(f"method.init: {run_dir} is no finished run (no result.json)")
     state = read_weights(run_dir / "weights.safetensors")
     taught = read_json(run_dir / "config.json")["student"]
+    own = student.backbone.state_dict()
+    if unknown := [name for name in skip if name not in own]:
+        raise UserError(f"method.init_skip: {student.config.name} has no '{unknown[0]}'; {nearest(unknown[0], own)}")
+    fit = compare(state, own, (_classifier_prefix(student.backbone), *skip))
+    if not fit.is_whole:
+        there = "" if taught["name"] == student.config.name else f", a {taught['name']},"
+        raise UserError(f"method.init: {run_dir}{there} does not fit {student.config.name}: {fit}")
     for key in ("mean", "std"):
         if tuple(taught[key]) != getattr(student.config, key):
             raise UserError(
                 f"method.init: {run_dir} saw images with {key} {taught[key]}; set method.student.{key} to it"
             )
-    classifier = _classifier_prefix(student.backbone)
-    own = {k: v for k, v in student.backbone.state_dict().items() if not k.startswith(classifier)}
-    given = {k: v for k, v in state.items() if not k.startswith(classifier)}
-    wrong = sorted(own.keys() ^ given.keys()) + [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
-    if wrong:
-        what = f"{len(wrong)} tensors differ, first '{wrong[0]}'"
-        raise UserError(f"method.init: {run_dir} does not fit {student.config.name}: {what}")
-    student.backbone.load_state_dict(given, strict=False)
-    return {"matched": len(own), "new": len(student.backbone.state_dict()) - len(own)}
+    student.backbone.load_state_dict(own | {k: v for k, v in state.items() if k in own and k not in fit.new})
+    return fit
 
 
 def _classifier_prefix(backbone: nn.Module) -> str:

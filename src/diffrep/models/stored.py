@@ -7,7 +7,9 @@ import io
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +24,36 @@ from diffrep.models.weights import read_weights
 
 PICKLES = (".pt", ".pth", ".th", ".ckpt")
 HARMLESS = [argparse.Namespace]  # settings that many training scripts keep beside their weights: a holder of values
+
+
+def student_card(student: Student, licence: str | None = None) -> dict[str, Any]:
+    """``config.json``: what timm needs to build the backbone and to prepare its images; diffrep reads ``student``."""
+    backbone, config, size = student.backbone, student.config, student.image_size
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    mean, std = _per_channel(config)
+    look: dict[str, Any] = {"mean": mean, "std": std, "interpolation": "bilinear", "crop_pct": 1.0}
+    look |= {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
+    look |= {"input_size": [len(mean), size, size]} if size else {}
+    return {
+        "architecture": config.name,
+        "num_classes": getattr(backbone, "num_classes", 0),
+        "num_features": getattr(backbone, "num_features", None),
+        "model_args": config.options,
+        "pretrained_cfg": look | ({"license": licence} if licence else {}),
+        "student": config.model_dump(mode="json"),
+    }
+
+
+def _per_channel(config: StudentConfig) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel the network has.
+
+    A grey network sees the mean over RGB of (x - mean)/std, which for a grey x is one such line too.
+    """
+    mean, std = ([*values] * (3 // len(values)) for values in (config.mean, config.std))
+    if config.options.get("in_chans") != 1:
+        return mean, std
+    slope = fmean(1 / s for s in std)
+    return [fmean(m / s for m, s in zip(mean, std, strict=True)) / slope], [1 / slope]
 
 
 def fresh_student(folder: Path) -> Student:
@@ -47,6 +79,46 @@ def load_student(weights: Path) -> Student:
     what = f"{weights} does not fit {student.config.name}"
     student.backbone.load_state_dict(convert.fitted(read_weights(weights), student.backbone.state_dict(), what))
     return student
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a file's tensors go with a network's, by name: ``print`` says it in one line."""
+
+    matched: int  # tensors of one name and one shape
+    missing: tuple[str, ...]  # in the network alone
+    left_over: tuple[str, ...]  # in the file alone
+    mismatched: tuple[str, ...]  # with both shapes behind the name
+    new: tuple[str, ...]  # that the network keeps as they are: its classifier, and what was named
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.missing or self.left_over or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = {"missing": self.missing, "left over": self.left_over, "mismatched": self.mismatched, "new": self.new}
+        return ", ".join([f"matched {self.matched}", *(f"{what} {_named(names)}" for what, names in parts.items())])
+
+
+def _named(names: tuple[str, ...], limit: int = 3) -> str:
+    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return f"{len(names)} ({shown})" if names else "none"
+
+
+def compare(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: tuple[str, ...]) -> Fit:
+    """A file's tensors beside a network's; names that begin with one of ``new`` need not be in both."""
+    given = {name: value.shape for name, value in state.items() if not name.startswith(new)}
+    own = {name: value.shape for name, value in wanted.items() if not name.startswith(new)}
+    both = [name for name in own if name in given]
+    return Fit(
+        matched=sum(own[name] == given[name] for name in both),
+        missing=tuple(name for name in own if name not in given),
+        left_over=tuple(name for name in given if name not in own),
+        mismatched=tuple(
+            f"{name}: {tuple(given[name])} there, {tuple(own[name])} here" for name in both if own[name] != given[name]
+        ),
+        new=tuple(name for name in wanted if name not in own),
+    )
 
 
 def read_checkpoint(path: Path) -> Any:

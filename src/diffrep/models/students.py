@@ -1,5 +1,5 @@
-"""Students: any timm model, two small networks of ours for 8-pixel digits and the CIFAR networks of models/cifar.py,
-all in timm's own registry.
+"""Students: any timm model, two small networks of ours for 8-pixel digits and the networks for small images of
+models/cifar.py and models/mobilenet.py, all in timm's own registry.
 
 A student speaks timm's words: ``forward_features`` (the last map), ``forward_head(x, pre_logits=True)`` (the pooled
 vector a classifier would read), ``reset_classifier``. :class:`Student` adds what timm leaves to its caller: it takes
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffrep import _torchvision_compat, taps
 from diffrep.config import Config
 from diffrep.errors import UserError, nearest
-from diffrep.models import cifar
+from diffrep.models import cifar, mobilenet
 
 
 def unreserved(options: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def unreserved(options: dict[str, Any]) -> dict[str, Any]:
 class StudentConfig(Config):
     """Which network is trained, and how it sees an image."""
 
-    name: str  # a timm model name, conv_small, mlp_small, or one of models/cifar.py
+    name: str  # a timm model name, or one of OWN
     options: dict[str, Any] = {}  # passed to timm.create_model, e.g. {"in_chans": 1}
     tap: str | None = None  # dotted module whose map is distilled; None = the last map
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # subtracted from images in [0, 1], per channel
@@ -71,6 +71,7 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = create(config.name, num_classes, **config.options)
+        self.image_size: int | None = None  # pixels of the images it was tried with
         self._tap: taps.Tap | None = None  # found at the first use
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
@@ -125,6 +126,7 @@ class Student(nn.Module):
                 raise
             what = f"student '{self.config.name}' with options {self.config.options}"
             raise UserError(f"{what} does not take {image_size}-pixel images: {str(error).strip()[:160]}") from None
+        self.image_size = image_size
         feature.sum().backward()
         used = all(p.grad is not None for p in self.parameters())
         self.train(was_training).zero_grad(set_to_none=True)
@@ -238,28 +240,29 @@ def _linear(width_in: int, width_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU())
 
 
+# The names in timm's registry that are ours -> what builds the network from keywords.
+OWN: dict[str, Callable[..., nn.Module]] = {
+    "conv_small": ConvSmall,
+    "mlp_small": MLPSmall,
+    **cifar.ENTRIES,
+    **mobilenet.ENTRIES,
+}
+
+
 def _register() -> None:
     """Put our students beside timm's; done at the first use, because importing timm takes two seconds."""
     from timm.models import is_model, register_model
 
     if is_model("conv_small"):
         return
-
-    def conv_small(pretrained: bool = False, **options: Any) -> nn.Module:
-        return ConvSmall(**_without_timm_extras(options))
-
-    def mlp_small(pretrained: bool = False, **options: Any) -> nn.Module:
-        return MLPSmall(**_without_timm_extras(options))
-
-    for entry in (conv_small, mlp_small):
-        entry.__module__ = __name__
-        register_model(entry)
-    for name, build in cifar.ENTRIES.items():
+    for name, build in OWN.items():
         register_model(_entry(name, build))
 
 
 def _entry(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:  # timm's word for its own files; random weights in their place would go unnoticed
+            raise UserError(f"{name} is diffrep's: build it without pretrained, and load a file into it")
         return build(**_without_timm_extras(options))
 
     entry.__name__, entry.__module__ = name, __name__

@@ -16,6 +16,7 @@ from diffrep.recipes import (
     finetune,
     quickstart,
     repfusion,
+    repfusion_rows,
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
@@ -23,6 +24,7 @@ ROOMS = (
     quickstart,
     denoiser,
     repfusion,
+    repfusion_rows,
     dmkd,
     dmkd_cifar10,
     dmkd_cifar100,

@@ -8,8 +8,8 @@ from diffrep.data.datasets import DataConfig
 from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.models.students import StudentConfig
-from diffrep.recipes.base import Published, Recipe
-from diffrep.training.optim import LrScheduleConfig, OptimConfig
+from diffrep.recipes.base import Recipe
+from diffrep.training.optim import OptimConfig
 from diffrep.training.trainer import TrainConfig
 
 DIGITS_TIMESTEPS = (0, 25, 50, 100, 200, 300, 400, 600, 800, 950)
@@ -34,38 +34,6 @@ def repfusion_digits_conv() -> Recipe:
         train=TrainConfig(steps=1200, batch_size=64),
         evaluate=EvaluateConfig(probe_labels=(50, 100)),
         needs=("weights: a diffusion model of digits (diffrep run denoiser_digits --out runs/denoiser_digits)",),
-    )
-
-
-def repfusion_cifar10_resnet18() -> Recipe:
-    """The official `cifar10-hint/ddpm-r18_hint`, corrected as methods/repfusion.py lists."""
-    return Recipe(
-        name="repfusion_cifar10_resnet18",
-        about="The published CIFAR-10 setting: DDPM teacher, learned timestep, ResNet-18.",
-        data=DataConfig(source="cifar10:data/cifar10", augment="crop_flip:4"),
-        method=RepFusionConfig(
-            teacher="google/ddpm-cifar10-32",
-            student=StudentConfig(name="resnet18_cifar"),
-            timestep=TimestepConfig(select="policy", values=tuple(range(1000)), policy="conv"),
-        ),
-        optim=OptimConfig(
-            name="sgd",
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=1e-4,
-            lr_schedule=LrScheduleConfig(name="step", milestones=(0.5, 0.75)),
-        ),
-        train=TrainConfig(steps=200 * 351, batch_size=128, ema_decay=0.999),  # 200 epochs of 45,000 images
-        published=Published(
-            value=None,
-            metric="top-1 %, CIFAR-10 test, after fine-tuning",
-            source="ICCV 2023, CIFAR-10 table: not found in public text",
-        ),
-        assumed=("10 % of the training images are held out for selection",),
-        needs=(
-            "weights: google/ddpm-cifar10-32 from the Hub",
-            "data: CIFAR-10 in data/cifar10 (diffrep data prepare cifar10 ARCHIVE data/cifar10)",
-        ),
     )
 
 
@@ -110,7 +78,6 @@ def _two_steps(name: str, teacher: str, what: str, needs: str, tap: str | None =
 
 RECIPES = (
     repfusion_digits_conv,
-    repfusion_cifar10_resnet18,
     repfusion_debug,
     repfusion_adm_debug,
     repfusion_dit_debug,
