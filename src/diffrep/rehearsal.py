@@ -36,7 +36,7 @@ from diffrep.recipes.base import (
     SynthesisTask,
     recipe_hash,
 )
-from diffrep.stages import generate_job, synthesis_cost
+from diffrep.stages import generate_job, probe_cost, synthesis_cost
 from diffrep.studies import instances
 
 
@@ -66,9 +66,7 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
         generation = generate_job(task, stand_in).open()
         return generation_cost.estimate(generation, default_device().type)
     assert isinstance(task, SweepTask)
-    teacher = load_teacher(task.teacher, allow_code)
-    images = sum(len(load_data(task.data, split)) for split in ("train", task.sweep.split))
-    return _passes(teacher, task.sweep.taps, images * len(task.sweep.timesteps), block_size=256)
+    return probe_cost(task, allow_code)
 
 
 def _features(task: FeatureTask, stand_in: Path, allow_code: bool) -> dict[str, Any]:

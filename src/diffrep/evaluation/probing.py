@@ -45,6 +45,9 @@ class Probe:
         self.bench = Bench(train, held_out, config, seed)
         self.taps, steps = taps_of(teacher, config.taps), torch.tensor(config.timesteps, dtype=torch.int64)
         teacher.checked_timestep(steps, steps)
+        for network in filter(None, (teacher, untrained)):
+            network.run_as(config.passes)
+            network.keep_only(self.taps)
         self.levels = levels_of(teacher.schedule, config.timesteps, config.sigmas, config.snrs, config.alpha_bars)
         self.plan = plan_of(self.bench, len(self.levels)) if config.search else None
 

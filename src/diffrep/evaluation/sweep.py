@@ -33,6 +33,7 @@ from diffrep.evaluation.streaming import (
     teacher_reader,
 )
 from diffrep.frozen.diffusion import DiffusionTeacher
+from diffrep.frozen.passes import PassConfig
 from diffrep.randomness import derived_seed
 
 Positive = Annotated[float, Field(gt=0)]
@@ -58,6 +59,7 @@ class SweepConfig(Config):
     control: bool = False  # also probe the untrained network, at the lowest noise level or at the pair found
     search: bool = False  # find the best pair without measuring all
     budget: float = Field(0.09, gt=0, le=1)  # of a search: share of the passes of a grid of 20 levels
+    passes: PassConfig = PassConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> SweepConfig:

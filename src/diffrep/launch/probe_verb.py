@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diffrep.launch import teacher_options as of
 from diffrep.launch.parsing import integers, numbers
 
 Perform = Callable[[dict[str, Any], bool, bool], None]  # arguments of api.probe, --dry-run, --json
@@ -22,7 +23,7 @@ def add_probe_verb(app: typer.Typer, perform: Perform) -> None:
 
     @app.command()
     def probe(
-        teacher: Annotated[str, typer.Argument(help="Diffusers folder, Hub id, run folder, python:module:factory.")],
+        teacher: of.Teacher,
         data: Annotated[str, _option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
         taps: Annotated[
             str | None,
@@ -43,6 +44,11 @@ def add_probe_verb(app: typer.Typer, perform: Perform) -> None:
         budget: Annotated[float, _option(help="Of a search: share of the passes of 20 levels.")] = 0.09,
         control: Annotated[bool, _option("--control", help="Also the untrained network, at one level.")] = False,
         seed: Annotated[int, _option(min=0, help="Of labels, images and noise.")] = 0,
+        precision: of.Precision = "fp32",
+        channels_last: of.ChannelsLast = False,
+        compile: of.Compile = False,
+        attention: of.Attention = "fused",
+        memory_mb: of.MemoryMb = None,
         image_size: Annotated[int | None, _option(min=1, help="Resize to this many pixels.")] = None,
         out: Annotated[Path, _option(help="The folder to write.")] = Path("probe"),
         allow_code: Annotated[bool, _option("--allow-code", help="Allow python:module:factory.")] = False,
@@ -63,7 +69,7 @@ def add_probe_verb(app: typer.Typer, perform: Perform) -> None:
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ``SweepConfig``; only the noise levels that were given."""
-    found = {name: given[name] for name in FIELDS}
+    found = {name: given[name] for name in FIELDS} | {"passes": of.pass_values(given)}
     taps = given["taps"] or ("all" if given["search"] else "mid_block")
     found |= {"taps": taps.split(","), "train_images": given["images"], "held_out_images": given["test_images"]}
     if given["timesteps"] is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffrep.config import Config
 from diffrep.data.batch import Batch
 from diffrep.files import write_json
+from diffrep.models.stored import student_card
 from diffrep.models.students import Student
 from diffrep.models.weights import write_weights
 from diffrep.randomness import Rows
@@ -95,13 +96,4 @@ def sum_over_processes(values: Tensor) -> Tensor:
 def save_student(run_dir: Path, student: Student) -> None:
     """The backbone's weights under timm's own names, and what is needed to build it again."""
     write_weights(run_dir / "weights.safetensors", student.backbone.state_dict())
-    backbone = student.backbone
-    card = {
-        "architecture": student.config.name,
-        "num_classes": getattr(backbone, "num_classes", 0),
-        "num_features": getattr(backbone, "num_features", None),
-        "model_args": student.config.options,
-        "pretrained_cfg": {"mean": list(student.config.mean), "std": list(student.config.std)},
-        "student": student.config.model_dump(mode="json"),
-    }
-    write_json(run_dir / "config.json", card)
+    write_json(run_dir / "config.json", student_card(student))

@@ -93,6 +93,7 @@ CLEAN = TimestepConfig(select="fixed", values=(0,))
 # (student, loss) -> (student's network, fields of a RepFusionConfig, timesteps where no policy chooses them)
 Row = tuple[str, dict[str, Any], TimestepConfig | None]
 NETWORKS = {"resnet18": "resnet18_cifar", "mbnv2": "mobilenetv2_cifar"}  # for small images
+OPTIONS = {"hrnet_w18": {"head_conv_bias": False}}  # as the official neck
 AT = {"loss": "at", "hint_grid": None, "kd_weight": 1000.0}
 RKD = {"loss": "rkd"}
 DENSE = {"loss": "l1", "hint_grid": None, "kd_weight": 10.0}
@@ -133,7 +134,8 @@ def distilled(name: str, data: str, row: str, faithful: bool) -> Recipe:
         about=f"{bench.teacher.split('/')[-1]} teaches {network}, {_words(fields)}{', as released' * faithful}.",
         data=bench.data(),
         method=RepFusionConfig(
-            teacher=bench.teacher, tap=bench.tap, student=StudentConfig(name=network, **bench.student or {}),
+            teacher=bench.teacher, tap=bench.tap,
+            student=StudentConfig(name=network, options=OPTIONS.get(network, {}), **bench.student or {}),
             timestep=timestep or _policy(data, faithful, quirk[1] if quirk else {}), **fields,
         ),
         optim=_optim(course, nesterov=data == "tinyimagenet"),
