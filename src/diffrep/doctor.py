@@ -23,7 +23,8 @@ from diffrep.models.guided_unet import GuidedUNet, GuidedUNetConfig
 from diffrep.randomness import seeded
 
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
-EXTRAS |= {"onnx": "export", "onnxscript": "export", "ray": "ray", "submitit": "slurm", "transformers": "text", "torch_fidelity": "scores"}
+EXTRAS |= {"onnx": "export", "onnxscript": "export"}
+EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text", "torch_fidelity": "scores"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
 
 # What is timed: a small stack of the blocks that the teachers here are built of, up to its middle.
