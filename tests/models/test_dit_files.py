@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named_and_counted():
     assert "my.pt: tensors do not fit: 10 missing (" in message
     assert f"({', '.join(first.split(', ')[:5])}, ...)" in message
     assert "1 left over (extra)" in refused(build, config, state | {"extra": torch.ones(1)}, "f")
-    shape = "1 of another shape (final_layer.linear.bias (3,) not (32,))"
+    shape = "1 of another shape (final_layer.linear.bias (3,) instead of (32,))"
     assert shape in refused(build, config, state | {"final_layer.linear.bias": torch.ones(3)}, "f")
     whole = state | {"final_layer.linear.bias": torch.ones(32, dtype=torch.int64)}
     assert "1 no weights (final_layer.linear.bias)" in refused(build, config, whole, "f")

@@ -370,7 +370,7 @@ def test_overrides_of_a_study_may_begin_with_a_stage():
         ("optm.lr=1", ["finetune_debug: unknown key 'optm'", "did you mean 'optim'?"]),
         ("optim.lrr=1", ["unknown key 'optim.lrr'", "did you mean 'lr'"]),
         ("method.student.nam=x", ["unknown key 'method.student.nam'", "did you mean 'name'"]),
-        ("method.teacher=x", ["unknown key 'method.teacher'", "valid: head_first, init, kind"]),
+        ("method.teacher=x", ["unknown key 'method.teacher'", "valid: head_first, init, init_skip, kind"]),
         ("optim.lr=-1", ["optim.lr = -1: Input should be greater than 0"]),
         ("optim.lr=fast", ["optim.lr = 'fast': Input should be a valid number"]),
         ("optim.lr=.inf", ["--set optim.lr=.inf: inf is no finite number"]),

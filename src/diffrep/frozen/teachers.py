@@ -13,6 +13,7 @@ from diffrep.frozen import dit, edm, official, text_unet
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
 from diffrep.frozen.references import SourceOptions, split_reference
+from diffrep.frozen.supervised import load_supervised
 from diffrep.randomness import seeded
 from diffrep.wordnet import label_of
 
@@ -23,8 +24,9 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
     Args:
         reference: a diffusers folder or Hub id (a U-Net, a DiT, a text-to-image model), an official file of
             guided-diffusion or DiT, a run folder of ours, ``python:module:factory`` (a callable that returns any
-            network of (x, timestep), an EDM-style network of (x, sigma), or a DiffusionTeacher), or
-            ``random:REFERENCE`` for the same architecture with untrained weights. Behind a ``?`` stands what the place
+            network of (x, timestep), an EDM-style network of (x, sigma), or a DiffusionTeacher), ``random:REFERENCE``
+            for the same architecture with untrained weights, or ``classifier:REFERENCE`` for a supervised teacher in
+            a diffusion model's place. Behind a ``?`` stands what the place
             cannot tell: see :mod:`diffrep.frozen.references`.
         allow_code: ``python:`` runs foreign code and is refused without it.
 
@@ -36,6 +38,8 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
         return _from_preset(rest) or untrained(load_teacher(rest, allow_code))
     if kind == "python":
         return _from_factory(rest, allow_code)
+    if kind == "classifier":
+        return load_supervised(rest, allow_code)
     place, options = split_reference(reference)
     found = opened(place)
     teacher = official.load(found, options) if found.path.is_file() else _from_folder(found, options)

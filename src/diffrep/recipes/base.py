@@ -234,7 +234,7 @@ class Study(Listed):
 
 
 STAGE = "stage:"
-BEFORE_STAGE = ("random:", "synthetic:")  # what may stand before a reference to a stage
+BEFORE_STAGE = ("random:", "classifier:", "synthetic:")  # what may stand before a reference to a stage
 
 
 def references(stage: Task) -> list[str]:
