@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,11 +31,24 @@ def on_meta(network: nn.Module, *inputs: Any, **named: Any) -> Callable[[], Any]
     return lambda: torch.func.functional_call(network, state, tuple(meta), kwargs)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes of tensors that ``run()`` makes and holds at once; a library's own work space is not seen."""
-    with _Living() as living:
+def peak_bytes(run: Callable[[], Any], fused_attention: bool = True) -> int:
+    """Most bytes of tensors that ``run()`` makes and holds at once; a library's own work space is not seen.
+
+    fused_attention: attention holds no table of all pairs of positions, as the fused kernels do not.
+    """
+    with _Living() as living, _Fused() if fused_attention else contextlib.nullcontext():
         run()
     return living.peak
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as a kernel that makes its output alone; on shapes alone torch would write it out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = (args + tuple((kwargs or {}).get(n) for n in ("query", "key", "value")[len(args) :]))[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Living(TorchDispatchMode):

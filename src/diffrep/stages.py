@@ -114,6 +114,8 @@ def _told(teacher: DiffusionTeacher, images: ImageSet) -> Tensor:
     if teacher.num_classes is None or images.labels is None:
         without = images.name if images.labels is None else teacher.name
         raise UserError(f"condition 'labels': {without} knows no classes")
+    if bool((images.labels < 0).any()):
+        raise UserError(f"condition 'labels': images of {images.name} have no label (data.labels hides them)")
     return torch.tensor(labels_among(images.classes, teacher.num_classes))[images.labels]
 
 

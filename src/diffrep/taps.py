@@ -85,10 +85,13 @@ def read(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dic
     return features
 
 
-def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> None:
+def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> bool:
     """Put a placeholder, which cannot be called, for every part of ``network`` that ``run()`` does not call.
 
-    A part whose weights are used without a call would be missed: then all parts come back, and the error is raised.
+    A part may be used without a call, its weights or its length; it would be missed, and then all parts come back.
+
+    Returns:
+        Whether the network does without them.
     """
     reached: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda module, _inputs: reached.add(module)) for m in network.modules()]
@@ -101,10 +104,11 @@ def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> None:
         setattr(parent, name, _Dropped().eval())
     try:
         run()
-    except AttributeError:
+    except Exception:  # whatever a network does with a part that is not there
         for parent, name, part in dropped:
             setattr(parent, name, part)
-        raise
+        return False
+    return True
 
 
 def _unreached(network: nn.Module, reached: set[nn.Module]) -> Iterable[tuple[nn.Module, str, nn.Module]]:

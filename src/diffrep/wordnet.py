@@ -33,7 +33,7 @@ def label_of(text: str, num_classes: int) -> int:
         if text not in official_ids():
             raise UserError(f"{text} is none of the 1,000 WordNet ids of ILSVRC-2012; {nearest(text, official_ids())}")
         return official_ids().index(text)
-    if not text.isdigit() or int(text) >= num_classes:
+    if not (text.isascii() and text.isdigit()) or int(text) >= num_classes:
         raise UserError(f"class '{text}' is outside 0..{num_classes - 1}")
     return int(text)
 
@@ -41,13 +41,14 @@ def label_of(text: str, num_classes: int) -> int:
 def labels_among(classes: Sequence[str], num_classes: int) -> tuple[int, ...]:
     """For each class of a data set its label in a network of ``num_classes``.
 
-    As many classes are taken for the same ones; else WordNet ids decide. Position says nothing: class 0 of
-    Tiny-ImageNet is not class 0 of ImageNet.
+    WordNet ids decide where the network knows ILSVRC-2012's classes; else as many classes are taken for the same ones.
+    Position says nothing: class 0 of Tiny-ImageNet is not class 0 of ImageNet.
 
     Raises:
         UserError: the classes are not WordNet ids, or not those the network knows.
     """
-    if len(classes) == num_classes:
+    by_id = num_classes == len(official_ids()) and all(map(is_wordnet_id, classes))
+    if len(classes) == num_classes and not by_id:
         return tuple(range(num_classes))
     if num_classes != len(official_ids()) or not all(map(is_wordnet_id, classes)):
         known = f"{len(classes)} classes ({', '.join(classes[:3])}, ...)"

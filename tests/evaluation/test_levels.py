@@ -123,3 +123,26 @@ def test_named_taps_are_checked_and_the_last_is_the_one_a_pass_ends_at(tiny_deno
         taps_of(teacher, ("stem", "downs"))
     with pytest.raises(UserError, match="tap 'all'"):
         taps_of(teacher, ("all", "up"))
+
+
+def test_all_of_a_wrapped_network_are_its_own_blocks():
+    """EDM-style networks stand behind a wrapper, with their blocks in dictionaries."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc = nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1)})
+            self.out = nn.Conv2d(4, 3, 1)
+
+        def forward(self, x, timestep):
+            return self.out(self.enc["b"](self.enc["a"](x)))
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Inner()
+
+        def forward(self, x, timestep):
+            return self.net(x, timestep)
+
+    assert block_taps(DiffusionTeacher(Wrapper(), "wrapped", 8)) == ("net.enc.a", "net.enc.b", "net.out")

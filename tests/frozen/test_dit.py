@@ -261,8 +261,10 @@ def test_taps_and_costs_are_known_without_running_the_vae(latent_teacher, vae, m
     monkeypatch.setattr(vae.module, "encode", None)
     strides = {tap.name: tap.stride for tap in latent_teacher.taps()}
     assert strides["blocks.0"] == 4 and strides["x_embedder.proj"] == 4 and strides["t_embedder"] is None
-    for tap in (None, "blocks.1", "blocks.1@raw", "x_embedder"):
-        assert latent_teacher.multiply_adds(tap) == bare.multiply_adds(tap)
+    encoder = latent_teacher.encoder_multiply_adds  # from an image to a tap the VAE comes first
+    assert latent_teacher.multiply_adds() == bare.multiply_adds()
+    for tap in ("blocks.1", "blocks.1@raw", "x_embedder"):
+        assert latent_teacher.multiply_adds(tap) == bare.multiply_adds(tap) + encoder
     # Linear and convolution, by hand: 9 cells of a kernel, 3 -> 8 at 8x8 pixels is the first layer alone.
     assert latent_teacher.encoder_multiply_adds > 64 * 9 * 3 * 8 and bare.encoder_multiply_adds == 0
     assert latent_teacher.peak_bytes(["blocks.1"]) > bare.peak_bytes(["blocks.1"]) > 0
@@ -298,6 +300,7 @@ def test_a_batch_that_is_split_gives_the_same(latent_teacher):
     expected = latent_teacher.features(images(5), 100, taps)
     latent_teacher.passes = PassConfig(memory_mb=1)
     assert latent_teacher.split_size(taps, 10**6) < 10**6
+    latent_teacher._peaks.clear()
     latent_teacher.peak_bytes = lambda taps: 400_000  # two at once
     seen = []
     latent_teacher.module.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
@@ -402,3 +405,10 @@ def test_a_vae_is_a_folder_of_one(tmp_path, vae):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; a VAE is a diffusers folder or a Hub id"):
         load_vae(str(tmp_path / "file"))
+
+
+def test_the_embedders_can_be_read_and_nothing_else_is_kept(latent_teacher):
+    expected = latent_teacher.features(images(2), 5, ["t_embedder"])["t_embedder"]
+    latent_teacher.keep_only(["t_embedder"])
+    assert torch.equal(latent_teacher.features(images(2), 5, ["t_embedder"])["t_embedder"], expected)
+    assert not any(name.startswith("blocks.") for name, _ in latent_teacher.module.named_parameters())

@@ -77,6 +77,8 @@ def test_the_condition_is_nobodys_secret(adm):
 def test_wordnet_ids_and_not_positions():
     """Class 0 of Tiny-ImageNet is class 1 of ImageNet, the goldfish."""
     assert labels_among(("n01443537", "n02099601"), 1000) == (1, official_ids().index("n02099601")) == (1, 207)
+    backwards = official_ids()[::-1]
+    assert labels_among(backwards, 1000) == tuple(range(999, -1, -1))  # as many classes in another order
     for classes, count in ((("0", "1"), 1000), (("n01443537",), 200)):
         with pytest.raises(UserError, match="both must be WordNet ids"):
             labels_among(classes, count)
@@ -162,6 +164,14 @@ def test_both_draw_images(adm, dit):
     load_generator(f"{dit}?num_heads=2").sample(torch.tensor([0]), [0], walk.model_copy(update={"guidance_scale": 2.0}))
 
 
+def test_a_grey_dit_draws_pixels(tmp_path):
+    file = saved(tiny_dit(in_channels=1), tmp_path / "grey.pt")
+    assert type(load_generator(f"{file}?num_heads=2")) is DiffusionGenerator
+    four = saved(tiny_dit(in_channels=4), tmp_path / "four.pt")
+    with pytest.raises(UserError, match="draws latents: name its VAE"):
+        load_generator(f"{four}?num_heads=2")
+
+
 def test_guidance_needs_a_null_class(adm):
     generator, labels = load_generator(f"{adm}?{SAID}"), torch.tensor([1])
     for asked in ({"labels": None}, {"labels": labels, "guidance_scale": 2.0}):
@@ -211,6 +221,16 @@ def test_a_converted_class_conditional_unet_has_no_null_class(adm, tmp_path):
     assert json.loads((tmp_path / "folder" / CARD).read_text())["null_class"] is False
     teacher = load_teacher(str(tmp_path / "folder"))
     assert teacher.num_classes == 7 and not teacher.null_class
+    expected = load_teacher(f"{adm}?{SAID}").features(images(), 90, [TAP])[TAP]  # without a label, as the file
+    assert torch.equal(teacher.features(images(), 90, [TAP])[TAP], expected)
+
+
+def test_the_untrained_control_of_a_file_is_of_that_file_and_not_blank(tmp_path):
+    """Official networks begin with last convolutions of zero: a tap there would be a constant."""
+    file = saved(guided_unet(num_head_channels=64, model_channels=64, image_size=64), tmp_path / ASSETS["adm-64"].file)
+    teacher = load_teacher(f"random:{file}")
+    assert teacher.module.config.model_channels == 64  # not the published width
+    assert float(teacher.features(images(size=64), 9, [TAP])[TAP].std()) > 1e-3
 
 
 def test_dit_to_diffusers_and_back(dit, tmp_path):
@@ -238,6 +258,8 @@ def test_conversion_writes_whole_or_not_at_all(adm, tmp_path):
         convert(f"{adm}?{SAID}", tmp_path)
     with pytest.raises(UserError, match="cannot be seen"):
         convert(str(adm), tmp_path / "x")
+    with pytest.raises(UserError, match="leave out label=5"):
+        convert(f"{adm}?{SAID}&label=5", tmp_path / "x")
     shutil.copy(adm, tmp_path / "mine.pt")
     saved(guided_unet(num_head_channels=None, num_heads=2, attention_factors=(1, 2)), tmp_path / "heads.pt")
     told = "image_size=8&num_heads=2&attention_order=new&noise_schedule=linear"
@@ -253,6 +275,7 @@ def test_references():
     place, options = split_reference("a/b.pt?like=adm-64&label=n01443537")
     assert (place, options.like, options.label) == ("a/b.pt", "adm-64", "n01443537")
     assert split_reference("sd?prompt=a photo of a dog")[1].prompt == "a photo of a dog"
+    assert split_reference("a.pt?vae=w/a+b")[1].vae == "w/a+b"
     for bad, told in (
         ("a.pt?heads=3", "unknown key 'heads'; did you mean 'num_heads'"),
         ("a.pt?num_heads", "behind '?' stand name=value"),

@@ -146,10 +146,74 @@ class Tied(nn.Module):
 
 def test_a_part_whose_weights_are_used_without_a_call_comes_back():
     teacher = DiffusionTeacher(Tied(), "tied", 8)
-    with pytest.raises(AttributeError):
-        teacher.keep_only(["mid"])
-    assert isinstance(teacher.module.late, nn.Conv2d)
+    teacher.keep_only(["mid"])
+    assert isinstance(teacher.module.late, nn.Conv2d) and teacher.kept is None
     assert teacher.features(images(), 0, ["mid"])["mid"].shape == (5, 3, 8, 8)
+
+
+class Attends(nn.Module):
+    """torch's own attention reads a layer's weights without calling it; the decoder's length is asked beforehand."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.late = nn.MultiheadAttention(3, 1, batch_first=True), nn.ModuleList([nn.Conv2d(3, 3, 1)])
+
+    def forward(self, x, timestep):
+        rows = x.flatten(2).transpose(1, 2) * len(self.late[0].weight)
+        return self.late[0](self.attend(rows, rows, rows)[0].transpose(1, 2).view_as(x))
+
+
+def test_a_network_that_needs_all_its_parts_keeps_them():
+    teacher = DiffusionTeacher(Attends(), "attends", 8)
+    expected = teacher.features(images(), 0, ["attend"])["attend"]
+    teacher.keep_only(["attend"])
+    assert torch.equal(teacher.features(images(), 0, ["attend"])["attend"], expected)
+
+
+def test_every_block_of_one_class_is_compiled(monkeypatch):
+    """torch keeps 8 versions of one piece of code and runs the others uncompiled, unless it is told otherwise."""
+    versions = []
+
+    def backend(graph, example):
+        versions.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run: compile_(run, backend=backend))
+
+    class Twelve(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(3 + k) for k in range(12))
+
+        def forward(self, x, timestep):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.up, self.down = nn.Conv2d(3, width, 1), nn.Conv2d(width, 3, 1)
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    teacher = DiffusionTeacher(Twelve(), "twelve", 8)
+    teacher.run_as(PassConfig(compile=True))
+    teacher.features(images(), 0, ["blocks.11"])
+    assert len(versions) == 12
+
+
+def test_fused_attention_holds_no_table_of_pairs():
+    def attend():
+        q = torch.zeros(1, 2, 512, 8, device="meta")
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    one = 2 * 512 * 8 * 4
+    assert (
+        counting.peak_bytes(attend) == 2 * one and counting.peak_bytes(attend, fused_attention=False) > 2 * 512**2 * 4
+    )
 
 
 # Classes

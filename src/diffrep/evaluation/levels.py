@@ -74,15 +74,24 @@ def block_taps(teacher: DiffusionTeacher) -> tuple[str, ...]:
     Of a U-Net of diffusers conv_in, down_blocks.i, mid_block and up_blocks.i; of any other network its top-level
     modules, with containers replaced by what they hold. What has no place axis (an embedding of t) is left out.
     """
-    children = dict(teacher.module.named_children())
+    children = _children(teacher.module)
     if children.keys() >= {"down_blocks", "up_blocks"}:
         children = {name: child for name, child in children.items() if name in UNET}
     blocks = {block for name, child in children.items() for block in _opened(name, child)}
     return tuple(tap.name for tap in teacher.taps() if tap.name in blocks and len(tap.shape) > 1)
 
 
+def _children(network: nn.Module) -> dict[str, nn.Module]:
+    """The top-level modules; a network that is only wrapped around another has that one's."""
+    children, prefix = dict(network.named_children()), ""
+    while len(children) == 1 and len(dict((only := next(iter(children.values()))).named_children())) > 1:
+        prefix = f"{prefix}{next(iter(children)).rpartition('.')[2]}."
+        children = {f"{prefix}{name}": child for name, child in only.named_children()}
+    return children
+
+
 def _opened(name: str, module: nn.Module) -> list[str]:
-    if isinstance(module, nn.ModuleList | nn.Sequential):
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return [f"{name}.{inner}" for inner, _ in module.named_children()]
     return [name]
 

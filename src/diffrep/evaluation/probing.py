@@ -14,6 +14,7 @@ from diffrep.data.datasets import ImageSet
 from diffrep.evaluation.kept import Kept
 from diffrep.evaluation.label_free import rank_correlation
 from diffrep.evaluation.levels import last_of, levels_of, taps_of
+from diffrep.evaluation.ridge import check_width
 from diffrep.evaluation.search import Plan, Searcher, plan_of, search
 from diffrep.evaluation.sweep import Bench, Counter, Row, SweepConfig, level_rows, sweep
 from diffrep.frozen.diffusion import DiffusionTeacher
@@ -45,11 +46,19 @@ class Probe:
         self.bench = Bench(train, held_out, config, seed)
         self.taps, steps = taps_of(teacher, config.taps), torch.tensor(config.timesteps, dtype=torch.int64)
         teacher.checked_timestep(steps, steps)
+        if config.labels is None and not config.search:
+            for tap in self.taps:
+                check_width(self._width(tap), tap)
         for network in filter(None, (teacher, untrained)):
             network.run_as(config.passes)
             network.keep_only(self.taps)
         self.levels = levels_of(teacher.schedule, config.timesteps, config.sigmas, config.snrs, config.alpha_bars)
         self.plan = plan_of(self.bench, len(self.levels)) if config.search else None
+
+    def _width(self, tap: str) -> int:
+        """Numbers of its pooled feature."""
+        shape = self.teacher.tap(tap).shape
+        return shape[0] * self.config.pool**2 if len(shape) == 3 else shape[-1]
 
     @property
     def passes(self) -> int:

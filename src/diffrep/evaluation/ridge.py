@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.errors import UserError
+from diffrep.errors import RunError, UserError
 from diffrep.evaluation.probe import PENALTIES
 
 WIDEST = 8192  # numbers per image whose second moment is kept: half a gigabyte, minutes to decompose
@@ -37,6 +37,17 @@ class Ridge:
         return self.scores(x).argmax(1)
 
 
+def check_width(width: int, tap: str = "a feature") -> None:
+    """Refuse a feature whose second moment would fill the memory.
+
+    Raises:
+        UserError: wider than ``WIDEST``.
+    """
+    if width > WIDEST:
+        told = f"{tap} of {width} numbers is too wide for the probe with all labels (at most {WIDEST})"
+        raise UserError(f"{told}: pool it to fewer cells (pool), leave the tap out, or probe with few labels")
+
+
 class Sums:
     """All that a ridge probe needs to know of the images so far.
 
@@ -54,10 +65,10 @@ class Sums:
         Raises:
             UserError: wider than ``WIDEST``.
         """
-        if x.shape[1] > WIDEST:
-            told = f"a feature of {x.shape[1]} numbers is too wide for the probe with all labels (at most {WIDEST})"
-            raise UserError(f"{told}: pool it to fewer cells (pool), leave the tap out, or probe with few labels")
+        check_width(x.shape[1])
         x = x.double()
+        if not bool(torch.isfinite(x).all()):
+            raise RunError("the probe met features that are not finite: the teacher returned inf or NaN")
         if self.origin is None:
             self.origin = x.mean(0)
             self.by_class = x.new_zeros(len(self.counts), x.shape[1])

@@ -64,6 +64,8 @@ def _to_folder(path: Path, options: SourceOptions, target: Path) -> dict[str, An
     checkpoint, found = read_checkpoint(path), opened(str(path))
     if dit.is_checkpoint(checkpoint):
         return _dit_folder(found, checkpoint, options, target)
+    if options.label is not None:
+        raise UserError(f"{path}: a file is converted whole; leave out label={options.label}")
     guided = named_guided(found, checkpoint, options)
     return _unet_folder(found, guided, target) if guided else None
 
@@ -101,6 +103,7 @@ def _to_file(folder: Path, options: SourceOptions, target: Path) -> dict[str, An
         return None
     if target.suffix not in PICKLES:
         raise UserError(f"--out {target}: official files are called {', '.join(PICKLES)}")
+    options.only(("attention_order", "sinusoid"), f"{folder}, a folder to be converted,")
     found = opened(str(folder))
     inner, kind = part_of(found.path, "unet", "transformer")
     config, state = read_json(inner / "config.json"), folder_weights(inner, str(folder))

@@ -74,12 +74,13 @@ class DiffusionTeacher(FrozenModule):
     def keep_only(self, taps: Sequence[str]) -> None:
         """Let go of every part that no pass up to the last of ``taps`` reaches: a decoder nobody reads.
 
-        Its hash stays that of the whole network. From here on nothing behind the taps can be asked.
+        Its hash stays that of the whole network. From here on nothing behind the taps can be asked. A network that
+        uses parts without calling them keeps all of them.
         """
         found = [self.tap(name) for name in taps]
         _ = self.sha256  # of all weights: asked while they are there
-        _drop_unreached(self.module, lambda: _read(self.module, self._dry_pass(), found))
-        self.kept = tuple(taps)
+        if _drop_unreached(self.module, lambda: _read(self.module, self._dry_pass(), found)):
+            self.kept = tuple(taps)
 
     @cached_property
     def _taps(self) -> dict[str, Tap]:
@@ -167,12 +168,19 @@ class DiffusionTeacher(FrozenModule):
         """How many images go through at once, so that what they hold fits ``passes.memory_mb``; at least one."""
         if self.passes.memory_mb is None:
             return max(batch, 1)
-        return min(max(batch, 1), max(1, self.passes.memory_mb * 1_000_000 // self.peak_bytes(taps)))
+        key = (*taps, self.passes.attention)
+        if key not in self._peaks:
+            self._peaks[key] = self.peak_bytes(taps)
+        return min(max(batch, 1), max(1, self.passes.memory_mb * 1_000_000 // self._peaks[key]))
+
+    @cached_property
+    def _peaks(self) -> dict[tuple[str, ...], int]:
+        return {}
 
     def peak_bytes(self, taps: Sequence[str]) -> int:
         """Most bytes that one image holds at once on its way to the last of ``taps``; float32, without weights."""
         found, run = [self.tap(name) for name in taps], self._dry_pass()
-        return counting.peak_bytes(lambda: _read(self.module, run, found))
+        return counting.peak_bytes(lambda: _read(self.module, run, found), self.passes.attention == "fused")
 
     @torch.no_grad()
     def predict(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -208,6 +216,7 @@ class DiffusionTeacher(FrozenModule):
             labels = None if told is None else torch.full((len(like),), told, device=like.device)
         else:
             self.check_labels(labels)
+            labels = labels.to(like.device)
         return {**self.call_options, "class_labels": labels}
 
     def check_labels(self, labels: Tensor) -> None:

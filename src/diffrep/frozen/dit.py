@@ -106,7 +106,7 @@ class DiTTeacher(DiffusionTeacher):
 
     @property
     def encoder_multiply_adds(self) -> int:
-        """Counted multiply-adds of the VAE for one image, besides those of :meth:`multiply_adds`."""
+        """Counted multiply-adds of the VAE for one image; 0 without one."""
         return self.encoder.multiply_adds if self.encoder else 0
 
     # Taps
@@ -173,11 +173,11 @@ class DiTTeacher(DiffusionTeacher):
     # What a pass costs
 
     def multiply_adds(self, tap: str | None = None) -> int:
-        """Counted multiply-adds for one image, behind the VAE: up to ``tap``, or of the full pass."""
+        """Counted multiply-adds for one image: up to ``tap``, the VAE with it; or of the network's full pass alone."""
         if tap is None:
             return super().multiply_adds()
         reading = 2 * self.module.config.hidden_size**2 if _is_block(tap) else 0  # shift and scale of the next layer
-        return super().multiply_adds(_module(self.tap(tap).name)) + reading
+        return super().multiply_adds(_module(self.tap(tap).name)) + reading + self.encoder_multiply_adds
 
     def peak_bytes(self, taps: Sequence[str]) -> int:
         """Most bytes that one image holds at once, in the VAE or in the network."""
@@ -190,7 +190,8 @@ class DiTTeacher(DiffusionTeacher):
         for name in filter(_is_block, taps):
             place = self.module.reader_of(_index(name))
             readers[place] = self.module.get_submodule(place).adaLN_modulation
-        super().keep_only([_module(self.tap(name).name) for name in taps])
+        both = ("t_embedder", "y_embedder")  # read in every pass
+        super().keep_only([*(_module(self.tap(name).name) for name in taps), *both])
         for place, modulation in readers.items():
             self.module.get_submodule(place).adaLN_modulation = modulation
         self.kept = tuple(taps)
@@ -309,7 +310,7 @@ def load_folder(found: Opened, options: SourceOptions) -> DiTTeacher:
     )
 
 
-def untrained(key: str) -> DiTTeacher | None:
-    """A published architecture with fresh weights and no VAE; None where no preset has this key."""
-    preset = PRESETS.get(key)
-    return DiTTeacher(DiT(preset.config), f"untrained {key}", licence=preset.licence) if preset else None
+def preset(key: str) -> DiTTeacher | None:
+    """A published architecture as it is initialised, without VAE; None where no preset has this key."""
+    found = PRESETS.get(key)
+    return DiTTeacher(DiT(found.config), key, licence=found.licence) if found else None

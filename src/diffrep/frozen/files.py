@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,9 +57,9 @@ def opened(reference: str) -> Opened:
     path, known = located(reference), assets.find(reference)
     path = path if path.exists() or known is None else assets.local(known) or path
     if path.is_file():
-        return _known(Opened(path, path.name), known)
+        return _said(_known(Opened(path, path.name), known))
     if path.is_dir():
-        return _known(_opened_folder(path), known)
+        return _said(_known(_opened_folder(path), known))
     if known is not None and known.source != "hub":
         raise UserError(
             f"{known.key} is not here: diffrep assets fetch {known.key}, or put it at {assets.expected_path(known)}"
@@ -74,11 +75,16 @@ def _known(found: Opened, known: assets.Asset | None) -> Opened:
     """With the licence and the hash that a published file has, which is recorded at its first use."""
     if known is None:
         return found
-    if known.non_commercial:
-        notice(f"{known.key}: licence of its weights: {known.licence}")
     assets.check_or_record(found.path, known)
     licence = known.licence if found.licence == "unknown" else found.licence
     return Opened(found.path, found.name, licence, found.card)
+
+
+def _said(found: Opened) -> Opened:
+    """After its licence was shown where it restricts the use."""
+    if re.search(r"non-commercial|BY-NC", found.licence):
+        notice(f"{found.name}: licence of its weights: {found.licence}")
+    return found
 
 
 def _opened_folder(folder: Path) -> Opened:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from diffrep import assets
 from diffrep.config import validate
-from diffrep.diffusion.schedules import NoiseSchedule
+from diffrep.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from diffrep.errors import UserError, nearest
+from diffrep.files import read_json
 from diffrep.frozen import dit
 from diffrep.frozen.diffusion import DiffusionTeacher
-from diffrep.frozen.files import Opened
+from diffrep.frozen.files import Opened, folder_weights, part_of
 from diffrep.frozen.references import SourceOptions
+from diffrep.models import guided_diffusers
 from diffrep.models.convert import unwrap
 from diffrep.models.guided_files import PRESETS, GuidedPreset, GuidedUnseen, guided_config, looks_like_guided
 from diffrep.models.guided_unet import GuidedUNet, GuidedUNetConfig
@@ -64,7 +66,7 @@ def load(found: Opened, options: SourceOptions) -> DiffusionTeacher:
         network = GuidedUNet(config)
     # Tensors that already are float32 stay where the file is mapped: what nobody reads is never read from disk.
     network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return _teacher(network, unseen, found.name, found.licence)
+    return _teacher(network, NoiseSchedule.named(unseen.noise_schedule), found.name, found.licence)
 
 
 def named_guided(found: Opened, checkpoint: Any, options: SourceOptions) -> Guided | None:
@@ -82,14 +84,14 @@ def _looks_like(state: Mapping[str, Any]) -> str:
     return f"by its names it is {known}" if known else f"its first tensor is {next(iter(state))}"
 
 
-def _teacher(network: GuidedUNet, unseen: GuidedUnseen, name: str, licence: str) -> DiffusionTeacher:
+def _teacher(network: GuidedUNet, schedule: NoiseSchedule, name: str, licence: str) -> DiffusionTeacher:
     config = network.config
     return DiffusionTeacher(
         network,
         name,
         config.image_size,
         config.in_channels,
-        NoiseSchedule.named(unseen.noise_schedule),
+        schedule,
         num_classes=config.num_classes,
         licence=licence,
         null_class=False,
@@ -123,10 +125,25 @@ def _preset(found: Opened, options: SourceOptions) -> GuidedPreset | None:
     return PRESETS[options.like]
 
 
-def untrained(reference: str) -> DiffusionTeacher | None:
-    """A published architecture with fresh weights; None where no preset has this name."""
+def load_converted(found: Opened) -> DiffusionTeacher:
+    """A diffusers folder that `diffrep convert` made of a guided-diffusion file, as that file's own network.
+
+    diffusers' class would insist on a class label for each image.
+    """
+    inner, _ = part_of(found.path, "unet")
+    config, order = read_json(inner / "config.json"), found.card["attention_order"]
+    ours, state = guided_diffusers.from_diffusers(config, folder_weights(inner, str(inner)), str(found.path), order)
+    with torch.device("meta"):
+        network = GuidedUNet(ours)
+    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return _teacher(network, schedule_from_diffusers(found.scheduler), found.name, found.licence)
+
+
+def preset(reference: str) -> DiffusionTeacher | None:
+    """A published architecture as it is initialised; None where no preset has this name."""
     known = assets.find(reference)
     if known is None or known.key not in PRESETS:
-        return dit.untrained(known.key) if known else None
-    preset = PRESETS[known.key]
-    return _teacher(GuidedUNet(preset.config), preset.unseen, f"untrained {reference}", known.licence)
+        return dit.preset(known.key) if known else None
+    found = PRESETS[known.key]
+    schedule = NoiseSchedule.named(found.noise_schedule)
+    return _teacher(GuidedUNet(found.config), schedule, reference, known.licence)

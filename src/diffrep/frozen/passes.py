@@ -57,11 +57,21 @@ def compiled_blocks(network: nn.Module, taps: Sequence[str]) -> Compiled:
 
 @contextlib.contextmanager
 def swapped_in(compiled: Compiled) -> Iterator[None]:
-    """The compiled blocks in place of the plain ones, which counting and listing taps still see."""
+    """The compiled blocks in place of the plain ones, which counting and listing taps still see.
+
+    Blocks of one class share their code, of which torch keeps 8 versions and runs further ones uncompiled: it may keep
+    as many as there are blocks.
+    """
+    if not compiled:
+        yield
+        return
+    import torch._dynamo
+
     for module, forward in compiled.items():
         module.forward = forward
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=8 * len(compiled), accumulated_recompile_limit=10_000):
+            yield
     finally:
         for module in compiled:
             del module.forward

@@ -173,7 +173,7 @@ def load_generator(
         if prompts:
             raise UserError(f"{reference} is no text-to-image pipeline: it reads no prompt")
         network = load_teacher(reference, allow_code)
-        if isinstance(network, DiTTeacher) and network.in_channels != 3:
+        if isinstance(network, DiTTeacher) and (network.vae or network.in_channels not in (1, 3)):
             return LatentGenerator(network)
         return DiffusionGenerator(network)
     if not prompts:

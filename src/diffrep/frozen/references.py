@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import parse_qsl
 
 from pydantic import Field
 
@@ -49,8 +48,7 @@ def split_reference(reference: str) -> tuple[str, SourceOptions]:
         UserError: no ``name=value``, an unknown name (with the nearest one), a value of another kind.
     """
     place, mark, query = reference.partition("?")
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if mark else []
-    except ValueError:
-        raise UserError(f"{reference}: behind '?' stand name=value, joined by '&'") from None
-    return place, validate(SourceOptions, dict(pairs), f"{place}?")
+    pairs = [pair.partition("=") for pair in query.split("&")] if mark else []
+    if not all(equals for _, equals, _ in pairs):
+        raise UserError(f"{reference}: behind '?' stand name=value, joined by '&'")
+    return place, validate(SourceOptions, {name: value for name, _, value in pairs}, f"{place}?")

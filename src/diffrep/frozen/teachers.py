@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffrep import assets
 from diffrep.diffusion.schedules import schedule_from_diffusers
 from diffrep.errors import UserError
+from diffrep.files import located
 from diffrep.frozen import dit, edm, official, text_unet
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
@@ -61,6 +63,8 @@ def _from_folder(found: Opened, options: SourceOptions) -> DiffusionTeacher:
 
 def _unet(found: Opened, options: SourceOptions) -> DiffusionTeacher:
     options.only(("label",), f"{found.path}, a diffusers U-Net,")
+    if "attention_order" in found.card:  # `diffrep convert` wrote it
+        return official.load_converted(found)
     unet = load_unet(found)
     config, scheduler, null = unet.config, found.scheduler, found.card.get("null_class", True)
     classes = config.get("num_class_embeds")
@@ -82,11 +86,14 @@ def _unet(found: Opened, options: SourceOptions) -> DiffusionTeacher:
 
 
 def _from_preset(reference: str) -> DiffusionTeacher | None:
-    """A published architecture, untrained, without the Hub."""
+    """A published architecture, untrained, without its file; None where the file is here or the name unknown."""
+    known = assets.find(reference)
+    if located(reference).exists() or known is None or assets.local(known):
+        return None
     with seeded(0, "untrained teacher"):
-        teacher, built = official.untrained(reference), preset_unet(reference)
+        teacher, built = official.preset(reference), preset_unet(reference)
     if built is None:
-        return teacher
+        return untrained(teacher) if teacher else None
     unet, licence = built
     size, channels = unet.config["sample_size"], unet.config["in_channels"]
     return DiffusionTeacher(
@@ -117,7 +124,7 @@ def _from_factory(path: str, allow_code: bool) -> DiffusionTeacher:
     except Exception as error:  # whatever foreign code raises is the foreign code's
         raise UserError(f"python:{path} raised {type(error).__name__}: {error}") from error
     if isinstance(made, DiffusionTeacher):
-        return made
+        return _tried(made)
     if not isinstance(made, nn.Module):
         raise UserError(f"python:{path} returned a {type(made).__name__}, not a torch module or a DiffusionTeacher")
     size = getattr(made, "image_size", None) or getattr(made, "img_resolution", None)
@@ -126,5 +133,18 @@ def _from_factory(path: str, allow_code: bool) -> DiffusionTeacher:
             f"python:{path}: give the module an attribute image_size (pixels), or return a DiffusionTeacher"
         )
     if edm.is_preconditioned(made):
-        return edm.edm_teacher(made, size, name=f"python:{path}")
-    return DiffusionTeacher(made, f"python:{path}", size, getattr(made, "in_channels", 3))
+        return _tried(edm.edm_teacher(made, size, name=f"python:{path}"))
+    return _tried(DiffusionTeacher(made, f"python:{path}", size, getattr(made, "in_channels", 3)))
+
+
+def _tried(teacher: DiffusionTeacher) -> DiffusionTeacher:
+    """Foreign code, after one pass on shapes alone, which is how taps are listed and costs counted."""
+    try:
+        teacher.taps()
+    except Exception as error:  # as above
+        why = " ".join(str(error).split())[:160]
+        how = "it must take (x, timestep) and may not look at values (.item(), if on a tensor)"
+        raise UserError(
+            f"{teacher.name}: a pass on shapes alone failed ({type(error).__name__}: {why}); {how}"
+        ) from None
+    return teacher

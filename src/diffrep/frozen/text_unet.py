@@ -85,8 +85,12 @@ class TextUNetTeacher(DiffusionTeacher):
 
     @property
     def encoder_multiply_adds(self) -> int:
-        """Counted multiply-adds of the VAE for one image, besides those of :meth:`multiply_adds`."""
+        """Counted multiply-adds of the VAE for one image."""
         return self.encoder.multiply_adds
+
+    def multiply_adds(self, tap: str | None = None) -> int:
+        """Counted multiply-adds for one image: up to ``tap``, the VAE with it; or of the U-Net's full pass alone."""
+        return super().multiply_adds(tap) + (self.encoder_multiply_adds if tap else 0)
 
     def peak_bytes(self, taps: Sequence[str]) -> int:
         """Most bytes that one image holds at once, in the VAE or in the network."""
