@@ -20,7 +20,7 @@ from diffrep.evaluation.protocols import Scores
 from diffrep.evaluation.tokenize import tokenize
 from diffrep.files import short_hash
 from diffrep.frozen.conversion import convert
-from diffrep.frozen.teachers import load_teacher
+from diffrep.frozen.teachers import has_preset, load_teacher
 from diffrep.generation import generate, generation_cost
 from diffrep.launch import ranks
 from diffrep.launch.engines import chosen
@@ -147,7 +147,7 @@ def without_weights(recipe: Recipe) -> Recipe:
     """The recipe with a published teacher's architecture in place of its weights, which cost the same to run."""
     method = recipe.method
     known = assets.find(method.teacher) if isinstance(method, RepFusionConfig) else None
-    if known is None or not known.unet:
+    if known is None or not has_preset(known):
         return recipe
     return recipe.model_copy(update={"method": method.model_copy(update={"teacher": f"random:{known.key}"})})
 

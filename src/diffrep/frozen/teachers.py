@@ -16,6 +16,7 @@ from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
 from diffrep.frozen.references import SourceOptions, split_reference
 from diffrep.frozen.supervised import load_supervised
+from diffrep.models import dit_files, guided_files
 from diffrep.randomness import seeded
 from diffrep.wordnet import label_of
 
@@ -99,6 +100,11 @@ def _from_preset(reference: str) -> DiffusionTeacher | None:
     return DiffusionTeacher(
         unet, f"untrained {reference}", size, channels, licence=licence, call_options={"return_dict": False}
     )
+
+
+def has_preset(known: assets.Asset) -> bool:
+    """Whether ``random:KEY`` builds its architecture without its file."""
+    return bool(known.unet) or known.key in guided_files.PRESETS or known.key in dit_files.PRESETS
 
 
 def untrained(teacher: DiffusionTeacher, seed: int = 0) -> DiffusionTeacher:
