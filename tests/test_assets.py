@@ -491,7 +491,7 @@ def test_a_file_in_the_way_is_not_replaced(here, net, monkeypatch):
 
 
 def test_a_licence_for_non_commercial_use_has_to_be_accepted_first(here, net, server, monkeypatch):
-    change(monkeypatch, net, non_commercial=True, licence="CC BY-NC 4.0")
+    change(monkeypatch, net, licence="CC BY-NC 4.0")
     with pytest.raises(UserError, match=r"net: licence: CC BY-NC 4.0; if you keep to that, say --accept-licence"):
         fetch("net")
     assert server.asked == [] and not (here / "weights").exists()

@@ -67,7 +67,6 @@ class Asset:
     file: str = ""
     purpose: str = ""
     parameters: int = 0
-    non_commercial: bool = False
     holds: tuple[str, ...] = ()
     page: str = ""
     also: tuple[str, ...] = ()
@@ -88,6 +87,16 @@ class Asset:
         """Of its file or folder below ``weights``."""
         return self.file or self.key
 
+    @property
+    def non_commercial(self) -> bool:
+        return is_non_commercial(self.licence)
+
+
+def is_non_commercial(licence: str) -> bool:
+    """Whether the words of a licence keep it to non-commercial use."""
+    words = licence.lower().replace("-", " ").replace("_", " ").split()
+    return "noncommercial" in words or "nc" in words or "non commercial" in " ".join(words)
+
 
 # The authors contradict themselves; nobody states a licence for the tokenizer that MAGE passes on.
 _ADDP = "contradictory: Apache-2.0 (README, model page), CC BY-NC 4.0 (LICENSE file); take it as non-commercial"
@@ -105,7 +114,7 @@ def _adm(key: str, file: str, purpose: str, parameters: int = 0) -> Asset:
 def _dit(pixels: int, parameters: int = 0) -> Asset:
     file = f"DiT-XL-2-{pixels}x{pixels}.pt"
     at = f"https://dl.fbaipublicfiles.com/DiT/models/{file}"
-    return Asset(f"dit-xl-2-{pixels}", at, _DIT, file, "DM-KD synthesis", parameters, non_commercial=True)
+    return Asset(f"dit-xl-2-{pixels}", at, _DIT, file, "DM-KD synthesis", parameters)
 
 
 def _torchvision(name: str, stem: str, parameters: int, purpose: str = "DM-KD ImageNet") -> Asset:
@@ -183,7 +192,6 @@ ASSETS = {
             _ADDP,
             "addp-vit-base-16.pth",
             "ADDP",
-            non_commercial=True,
             size=(1_392_226_652, 1_393_226_652),
             scores={"FID": 8.9, "IS": 95.3},
         ),
@@ -193,7 +201,6 @@ ASSETS = {
             _ADDP,
             "addp-vit-large-16.pth",
             "ADDP",
-            non_commercial=True,
             size=(3_500_693_749, 3_500_693_749),
             scores={"FID": 7.6, "IS": 105.1},
         ),

@@ -46,9 +46,12 @@ class _Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            query, _, value = (args + tuple((kwargs or {}).get(n) for n in ("query", "key", "value")[len(args) :]))[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
+            return self._output(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 class _Living(TorchDispatchMode):

@@ -71,6 +71,7 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
 
 def _features(task: FeatureTask, stand_in: Path, allow_code: bool) -> dict[str, Any]:
     teacher, images = load_teacher(task.teacher, allow_code), load_data(task.data, task.split)
+    teacher.run_as(task.features.passes)
     views = augmentation(task.data.augment).num_views
     source = {"fingerprint": images.fingerprint, "augment": task.data.augment}
     settings = store_settings(teacher, task.features, len(images), views, source, task.seed)

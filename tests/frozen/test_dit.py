@@ -238,7 +238,7 @@ def test_images_become_the_mode_of_their_latents(latent_teacher, vae):
         moments = vae.module.quant_conv(vae.module.encoder(given * 2 - 1))
         found = latent_teacher.normalise(given)
     torch.testing.assert_close(found, moments[:, :4] * 0.18215)  # the rest is the variance
-    assert (latent_teacher.latent_size, latent_teacher.pixels, latent_teacher.image_size) == (4, 8, 8)
+    assert (latent_teacher.latent_size, latent_teacher.image_size) == (4, 8)
     raw = latent_teacher.features(given, 7, ["blocks.1@raw"])["blocks.1@raw"]
     expected = in_block(latent_teacher.module, found, torch.full((3,), 7), None, "blocks.1")
     torch.testing.assert_close(raw.flatten(2).transpose(1, 2), expected)
@@ -366,7 +366,7 @@ def test_a_folder_of_diffusers_is_read_with_its_vae(tmp_path, vae):
     network = tiny(input_size=4)
     teacher = load_teacher(str(saved(tmp_path / "dit", network, vae)))
     assert isinstance(teacher, DiTTeacher) and same_as(teacher, network)
-    assert teacher.num_train_timesteps == 500 and teacher.pixels == 8
+    assert teacher.num_train_timesteps == 500 and teacher.image_size == 8
     assert teacher.sha256 == DiTTeacher(network, "same", vae).sha256
     trained_there = load_teacher(f"{tmp_path / 'dit'}?sinusoid=diffusers")
     assert not same_as(trained_there, network)
@@ -388,7 +388,7 @@ def test_an_official_file_is_read_and_its_average_taken(tmp_path, vae):
     vae.module.save_pretrained(tmp_path / "vae")
     for name in ("mine.safetensors", "0400000.pt"):
         teacher = load_teacher(f"{tmp_path / name}?num_heads=2&vae={tmp_path / 'vae'}")
-        assert same_as(teacher, network) and teacher.name == name and teacher.pixels == 8
+        assert same_as(teacher, network) and teacher.name == name and teacher.image_size == 8
     with pytest.raises(UserError, match="has width 16, and heads cannot be seen in a file: say num_heads"):
         load_teacher(str(tmp_path / "mine.safetensors"))
     with pytest.raises(UserError, match="takes no option 'prompt'"):

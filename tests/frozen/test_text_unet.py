@@ -12,12 +12,18 @@ from torch import nn
 
 from diffrep import _torchvision_compat
 from diffrep.errors import UserError
+from diffrep.frozen.files import opened
 from diffrep.frozen.passes import PassConfig
+from diffrep.frozen.references import SourceOptions
 from diffrep.frozen.teachers import load_teacher
-from diffrep.frozen.text_unet import TextUNetTeacher, load_text_unet, prompt_embedding
+from diffrep.frozen.text_unet import TextUNetTeacher, load_folder, prompt_embedding
 from diffrep.randomness import Rows, stream
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_text_unet(place, prompt=""):
+    return load_folder(opened(place), SourceOptions(prompt=prompt))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +132,7 @@ def test_the_prediction_is_the_librarys(teacher, library):
 
 def test_images_become_the_mode_of_the_posterior_at_the_vaes_scale(teacher, library):
     found = teacher.normalise(images())
-    assert found.shape == (2, 4, 8, 8) and (teacher.pixels, teacher.latent_size, teacher.in_channels) == (16, 8, 4)
+    assert found.shape == (2, 4, 8, 8) and (teacher.image_size, teacher.latent_size, teacher.in_channels) == (16, 8, 4)
     torch.testing.assert_close(found, latents_of(library, images()), rtol=1e-5, atol=1e-6)
     assert torch.equal(teacher.normalise(images()), found)  # nothing is drawn
 

@@ -14,11 +14,11 @@ import yaml
 from folders import CHROMIUM, ENVIRONMENT, on_a_phone, page, row, rows, words
 from PIL import Image
 
+from diffrep.assets import is_non_commercial
 from diffrep.errors import UserError
 from diffrep.report.build import write_figure, write_report
 from diffrep.report.numbers import T95, Paired, binomial_se, compact, paired, shown
 from diffrep.report.scores import score_words
-from diffrep.report.sections import is_non_commercial
 from diffrep.report.teachers import early_mass
 from diffrep.report.values import flat, references
 

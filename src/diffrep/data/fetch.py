@@ -42,7 +42,8 @@ def listing() -> list[dict[str, Any]]:
 def _row(asset: Asset) -> dict[str, Any]:
     place = assets.local(asset) or assets.expected_path(asset)
     known = assets.recorded_hash(place) if place.is_file() else None
-    return vars(asset) | {"state": assets.state(asset), "path": str(place), "recorded_sha256": known}
+    told = {"state": assets.state(asset), "path": str(place), "recorded_sha256": known}
+    return vars(asset) | {"non_commercial": asset.non_commercial} | told
 
 
 # Fetching

@@ -82,11 +82,6 @@ class DiTTeacher(DiffusionTeacher):
         """Cells per side of what the network itself reads and a sampler walks on."""
         return self.module.config.input_size
 
-    @property
-    def pixels(self) -> int:
-        """Pixels per side of the images it reads."""
-        return self.image_size
-
     @cached_property
     def sha256(self) -> str:
         """Of the network, and of its VAE where there is one."""
@@ -120,7 +115,7 @@ class DiTTeacher(DiffusionTeacher):
         found: dict[str, Tap] = {}
         for name, tap in super()._taps.items():
             shape = self._map_shape(tap.shape)
-            stride = self.pixels // shape[-1] if len(shape) == 3 else None
+            stride = self.image_size // shape[-1] if len(shape) == 3 else None
             for shown in (f"{name}{RAW}", name) if _is_block(name) else (name,):
                 if not name.startswith("t_embedder."):
                     found[shown] = Tap(shown, shape, stride, tap.calls)

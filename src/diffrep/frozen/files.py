@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ def _known(found: Opened, known: assets.Asset | None) -> Opened:
 
 def _said(found: Opened) -> Opened:
     """After its licence was shown where it restricts the use."""
-    if re.search(r"non-commercial|BY-NC", found.licence):
+    if assets.is_non_commercial(found.licence):
         notice(f"{found.name}: licence of its weights: {found.licence}")
     return found
 

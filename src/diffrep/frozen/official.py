@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffrep import assets
@@ -23,7 +22,7 @@ from diffrep.frozen.files import Opened, folder_weights, part_of
 from diffrep.frozen.references import SourceOptions
 from diffrep.models import guided_diffusers
 from diffrep.models.convert import unwrap
-from diffrep.models.guided_files import PRESETS, GuidedPreset, GuidedUnseen, guided_config, looks_like_guided
+from diffrep.models.guided_files import PRESETS, GuidedPreset, GuidedUnseen, build, guided_config, looks_like_guided
 from diffrep.models.guided_unet import GuidedUNet, GuidedUNetConfig
 from diffrep.models.stored import read_checkpoint
 
@@ -62,11 +61,7 @@ def load(found: Opened, options: SourceOptions) -> DiffusionTeacher:
         state = unwrap(checkpoint, str(found.path))
         raise UserError(f"{found.path} is neither of guided-diffusion nor a DiT; {_looks_like(state)}")
     config, state, unseen = guided
-    with torch.device("meta"):
-        network = GuidedUNet(config)
-    # Tensors that already are float32 stay where the file is mapped: what nobody reads is never read from disk.
-    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return _teacher(network, NoiseSchedule.named(unseen.noise_schedule), found.name, found.licence)
+    return _teacher(build(config, state), NoiseSchedule.named(unseen.noise_schedule), found.name, found.licence)
 
 
 def named_guided(found: Opened, checkpoint: Any, options: SourceOptions) -> Guided | None:
@@ -133,10 +128,7 @@ def load_converted(found: Opened) -> DiffusionTeacher:
     inner, _ = part_of(found.path, "unet")
     config, order = read_json(inner / "config.json"), found.card["attention_order"]
     ours, state = guided_diffusers.from_diffusers(config, folder_weights(inner, str(inner)), str(found.path), order)
-    with torch.device("meta"):
-        network = GuidedUNet(ours)
-    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return _teacher(network, schedule_from_diffusers(found.scheduler), found.name, found.licence)
+    return _teacher(build(ours, state), schedule_from_diffusers(found.scheduler), found.name, found.licence)
 
 
 def preset(reference: str) -> DiffusionTeacher | None:

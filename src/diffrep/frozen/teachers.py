@@ -29,8 +29,8 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
             guided-diffusion or DiT, a run folder of ours, ``python:module:factory`` (a callable that returns any
             network of (x, timestep), an EDM-style network of (x, sigma), or a DiffusionTeacher), ``random:REFERENCE``
             for the same architecture with untrained weights, or ``classifier:REFERENCE`` for a supervised teacher in
-            a diffusion model's place. Behind a ``?`` stands what the place
-            cannot tell: see :mod:`diffrep.frozen.references`.
+            a diffusion model's place. Behind a ``?`` stands what the place cannot tell: see
+            :mod:`diffrep.frozen.references`.
         allow_code: ``python:`` runs foreign code and is refused without it.
 
     Raises:

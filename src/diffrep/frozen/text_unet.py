@@ -22,7 +22,7 @@ from diffrep.files import read_json
 from diffrep.frozen.base import FrozenModule
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.dit import load_vae
-from diffrep.frozen.files import Opened, library_network, opened, part_of, quietly
+from diffrep.frozen.files import Opened, library_network, part_of, quietly
 from diffrep.frozen.latents import LatentEncoder
 from diffrep.frozen.references import SourceOptions
 
@@ -67,11 +67,6 @@ class TextUNetTeacher(DiffusionTeacher):
     def vae(self) -> FrozenModule:
         return self.encoder.vae
 
-    @property
-    def pixels(self) -> int:
-        """Pixels per side of the images it reads."""
-        return self.image_size
-
     @cached_property
     def sha256(self) -> str:
         """Of the U-Net, its VAE and the prompt's embedding."""
@@ -111,17 +106,10 @@ class TextUNetTeacher(DiffusionTeacher):
 # From files
 
 
-def load_text_unet(reference: str, prompt: str = "") -> TextUNetTeacher:
-    """The teacher in a diffusers folder or Hub repository with unet/, vae/, text_encoder/, tokenizer/, scheduler/.
-
-    Raises:
-        UserError: as :func:`load_folder`.
-    """
-    return load_folder(opened(reference), SourceOptions(prompt=prompt))
-
-
 def load_folder(found: Opened, options: SourceOptions) -> TextUNetTeacher:
-    """The teacher in a folder; ``options.prompt`` is told with every image, "" where it is not said.
+    """The teacher in a folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/.
+
+    ``options.prompt`` is told with every image, "" where it is not said.
 
     Raises:
         UserError: a part is not there, damaged or of another kind; a prompt too long; transformers not installed.

@@ -70,8 +70,9 @@ class RepFusionConfig(MethodConfig):
         return self
 
     def _compares(self) -> None:
-        if self.loss == "at" and (self.hint_grid is not None or self.standardise != "none"):
-            raise ValueError("loss 'at' compares whole maps as they are: hint_grid null, standardise 'none'")
+        as_it_is = self.hint_grid is None and self.standardise == "none"
+        if not losses.FEATURE_LOSSES[self.loss].pools and not as_it_is:
+            raise ValueError(f"loss '{self.loss}' compares whole maps as they are: hint_grid null, standardise 'none'")
         if self.projector == "conv" and self.hint_grid is not None:
             raise ValueError("projector 'conv' looks at neighbours: it needs whole maps, hint_grid null")
 
@@ -211,7 +212,8 @@ class RepFusion(Method):
         kind = self.config.timestep.baseline
         if kind == "self_critical":  # the reward of what the policy thinks best (Rennie et al. 2017): one pass more
             best = logits.detach().argmax(1)
-            return self.reward(self.code(batch, best, rng), batch, best, rng, imitation)[0]
+            with torch.no_grad():
+                return self.reward(self.code(batch, best, rng), batch, best, rng, imitation)[0]
         return self.running_reward if kind == "running_mean" else torch.zeros_like(self.running_reward)
 
     def imitation(self, images: Tensor, code: Tensor) -> Tensor:

@@ -186,6 +186,14 @@ def _numbers(state: Mapping[str, Tensor], pattern: str) -> set[int]:
     return {int(match[1]) for name in state if (match := re.match(pattern, name))}
 
 
+def build(config: GuidedUNetConfig, state: Mapping[str, Tensor]) -> GuidedUNet:
+    """The network with these weights, which fit, in float32; those that already are stay where they lie in memory."""
+    with torch.device("meta"):
+        network = GuidedUNet(config)
+    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return network
+
+
 def on_paper(config: GuidedUNetConfig) -> dict[str, Tensor]:
     """Names and shapes of the network, without its memory."""
     with torch.device("meta"):

@@ -199,8 +199,7 @@ def _all() -> tuple[Callable[[], Recipe | Study], ...]:
             made += [named(f"repfusion_{data}_{row}{suffix}", distilled, data, row, faithful) for row in rows]
         for data in ("cifar10", "tinyimagenet"):
             made += [
-                named(f"finetune_{data}_{student}{suffix}", classified, data, student, faithful)
-                for student in ("resnet18", "mbnv2")
+                named(f"finetune_{data}_{student}{suffix}", classified, data, student, faithful) for student in NETWORKS
             ]
     return tuple(made)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffrep.assets import is_non_commercial
 from diffrep.console import duration
 from diffrep.files import write_atomic
 from diffrep.report import card_pictures
@@ -24,7 +25,6 @@ from diffrep.report.card_words import (
 )
 from diffrep.report.numbers import MISSING, compact, listed
 from diffrep.report.page import Bars, Block, Folded, Notes, Page, Picture, Section, Table, Text, render
-from diffrep.report.sections import is_non_commercial
 from diffrep.report.values import flat
 
 MANY = 30  # classes; more than that are told in a folded table

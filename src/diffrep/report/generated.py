@@ -14,11 +14,11 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from diffrep.assets import is_non_commercial
 from diffrep.console import counts
 from diffrep.files import read_json, write_atomic
 from diffrep.report.card_pictures import gallery, sheet
 from diffrep.report.page import Block, Folded, Page, Picture, Section, Table, Text, render
-from diffrep.report.sections import is_non_commercial
 from diffrep.report.values import flat
 
 PAGE = "index.html"

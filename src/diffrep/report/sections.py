@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from diffrep.assets import is_non_commercial
 from diffrep.console import duration
 from diffrep.report import pictures
 from diffrep.report.numbers import MISSING, average, compact, listed, sentence
@@ -147,11 +148,6 @@ def licences(entries: Sequence[Entry]) -> Section:
     said = [Text(f"Non-commercial use only: {listed(closed)}.", "warning")] if closed else []
     free = [] if closed else [Text("None of the licences found here is marked non-commercial.")]
     return Section("Licences", [*said, *free, Table("What may be used how", ("Of", "Licence", "Seen in"), rows, True)])
-
-
-def is_non_commercial(text: str) -> bool:
-    words = text.lower().replace("-", " ").replace("_", " ").split()
-    return "noncommercial" in words or "nc" in words or "non commercial" in " ".join(words)
 
 
 def _gathered(entries: Sequence[Entry], read: Callable[[dict], object]) -> dict[str, list[str]]:
