@@ -127,7 +127,7 @@ def distilled(name: str, data: str, row: str, faithful: bool) -> Recipe:
     bench, (network, fields, timestep) = BENCHES[data], ROWS[data][row]
     quirk = QUIRKS.get(f"{data}_{row}") if faithful else None
     network = quirk[0] if quirk else network
-    course = _course(bench.batch if "at" not in row.split("_") or data == "cifar10" else 32)
+    course = _course(bench.batch)
     train = course.train(bench.images).model_copy(update={"ema_decay": 0.999 if bench.ema else None})
     return Recipe(
         name=name,
