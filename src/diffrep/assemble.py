@@ -82,8 +82,8 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
         seen.labels = hide_labels(train.labels, labelled)
     with seeded(recipe.seed, "initialisation"):
         method = METHODS[recipe.method.kind](recipe.method, len(train.classes), _square(train, recipe), allow_code)
+        method.check_data(train.fingerprint, recipe.data.augment, len(train))
     _views_possible(recipe, train)
-    method.check_data(train.fingerprint, recipe.data.augment)
     if isinstance(method, DMKD):
         method.watch(_held_out(recipe))
     _scores_possible(recipe, method, train, test)

@@ -63,6 +63,17 @@ def list_taps(network: nn.Module, run: Callable[[], Any], image_size: int) -> di
 
 def read(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dict[str, Tensor]:
     """The features at ``taps`` of one pass ``run()``, which ends at the last of them: nothing behind it is computed."""
+    return _read(network, run, taps, _stop)
+
+
+def read_along(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dict[str, Tensor]:
+    """The features at ``taps`` of one pass ``run()`` that goes on to its end."""
+    return _read(network, run, taps, lambda: None)
+
+
+def _read(
+    network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap], when_all_are_read: Callable[[], None]
+) -> dict[str, Tensor]:
     features: dict[str, Tensor] = {}
     waiting = {tap.name: tap.calls for tap in taps}
 
@@ -71,7 +82,7 @@ def read(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dic
             features[name] = _first_tensor(output)
             waiting[name] -= 1
             if not any(count > 0 for count in waiting.values()):
-                raise _Reached
+                when_all_are_read()
 
         return hook
 
@@ -83,6 +94,10 @@ def read(network: nn.Module, run: Callable[[], Any], taps: Sequence[Tap]) -> dic
     finally:
         _release(handles)
     return features
+
+
+def _stop() -> None:
+    raise _Reached
 
 
 def drop_unreached(network: nn.Module, run: Callable[[], Any]) -> bool:

@@ -33,11 +33,11 @@ def both(feed, factory, tiny_denoiser, tmp_path):
         return feed.gather(index, torch.full_like(index, view), torch.device("cpu")).images
 
     write_features(tmp_path, load_teacher(reference, True), config, shown, len(feed.images), 9, source)
-    return LiveHints(reference, TAP, 2, None, True), StoredHints(str(tmp_path), TAP, 2)
+    return LiveHints(reference, [TAP], 2, None, True), StoredHints(str(tmp_path), [TAP], 2)
 
 
 def test_statistics_agree_though_the_store_holds_shifted_views_too(both, feed):
-    live, stored = (statistics(hints, TIMESTEPS, feed.sweep(64, torch.device("cpu"))) for hints in both)
+    live, stored = (statistics(hints, [TAP], TIMESTEPS, feed.sweep(64, torch.device("cpu")))[TAP] for hints in both)
     torch.testing.assert_close(live, stored, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(live[0], live[1])  # two timesteps differ, so the order is right
 
@@ -45,6 +45,6 @@ def test_statistics_agree_though_the_store_holds_shifted_views_too(both, feed):
 def test_each_row_gets_its_own_timestep_and_view(both, feed):
     batch = feed.batch(0, list(range(16)), torch.device("cpu"))
     timestep = torch.tensor(TIMESTEPS).repeat(8)
-    live, stored = (hints.hint(batch, timestep) for hints in both)
+    live, stored = (hints.hints(batch, timestep, [TAP])[TAP] for hints in both)
     assert batch.view.unique().numel() > 2
     torch.testing.assert_close(live, stored, rtol=1e-5, atol=1e-6)

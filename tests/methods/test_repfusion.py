@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -22,7 +23,8 @@ from diffrep.evaluation import classify
 from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import FeatureConfig, write_features
-from diffrep.methods.repfusion import RepFusion, RepFusionConfig, TimestepConfig, policy_network
+from diffrep.losses import FEATURE_LOSSES
+from diffrep.methods.repfusion import PairConfig, RepFusion, RepFusionConfig, TimestepConfig, policy_network
 from diffrep.models import rewards
 from diffrep.models.students import StudentConfig
 from diffrep.randomness import Rows, stream
@@ -73,11 +75,19 @@ def parts_of(method):
     return {n: n.split(".")[0] for n, _ in method.named_parameters()}
 
 
+def projection(method):
+    return method.comparisons[0].projector.weight, method.comparisons[0].projector.bias
+
+
 def reached(method, loss):
     """The parts whose parameters get a gradient from ``loss`` that is not zero everywhere."""
     names, parameters = zip(*method.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return {n.split(".")[0] for n, g in zip(names, grads, strict=True) if g is not None and float(g.abs().max()) > 0}
+    found = zip(names, grads, strict=True)
+    return {PARTS.get(n.split(".")[0], n.split(".")[0]) for n, g in found if g is not None and float(g.abs().max()) > 0}
+
+
+PARTS = {"comparisons": "projector"}  # what is trained of a comparison
 
 
 # One step
@@ -135,7 +145,7 @@ def test_the_reward_is_that_of_the_head_on_the_pooled_code(tiny):
     torch.testing.assert_close(parts["task_loss"], cost.sum() / 6)
     log_prob = logits.log_softmax(1).gather(1, choice[:, None])[:4, 0]
     torch.testing.assert_close(parts["policy_loss"], (log_prob * (cost - math.log(4))).sum() / 6)
-    student = F.conv2d(method.student.feature_map(shown.images), method.projector.weight, method.projector.bias)
+    student = F.conv2d(method.student.feature_map(shown.images), *projection(method))
     torch.testing.assert_close(parts["kd_loss"], F.mse_loss(student.mean((2, 3)), code), rtol=1e-4, atol=1e-6)
 
 
@@ -185,7 +195,7 @@ def test_the_entropy_weight_falls_to_nothing(tiny):
 def test_each_rule_chooses_from_its_own_timesteps(tiny, timestep, allowed):
     method = built(tiny, timestep)
     shown = torch.rand(200, 3, 8, 8)
-    choice, logits = method.choose(shown, rows(200), 0.0)
+    choice, logits = method.choose(shown, rows(200), 0.0, [0])
     assert set(method.timesteps[choice].tolist()) == allowed
     assert (logits is None) == (timestep.select != "policy")
     assert ("policy" in method.parameter_groups()) == (timestep.select == "policy")
@@ -220,7 +230,7 @@ def test_training_leaves_the_teacher_as_it_was(tiny):
     assert DiffusionTeacher(network.module, "again", 8).sha256 == before
     names = [*method.state_dict(), *dict(method.named_parameters()), *dict(method.named_modules())]
     assert {n.split(".")[0] for n in names if n} == {
-        "student", "projector", "policy", "task_head", "hint_mean", "hint_std", "running_reward",
+        "student", "comparisons", "policy", "task_head", "running_reward",
     }  # fmt: skip
     trained = {id(p) for p in method.parameters()}
     assert not any(id(p) in trained for p in network.module.parameters())
@@ -236,7 +246,7 @@ def test_the_code_does_not_depend_on_the_label(factory, tiny_denoiser):
     seen = []
     network.classes.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     codes = [
-        method.teacher.hint(batch(labels), torch.full((6,), 50))
+        method.teacher.hints(batch(labels), torch.full((6,), 50), ["mid"])["mid"]
         for labels in ((0,) * 6, (3, 2, 1, 0, -1, 2), (-1,) * 6)
     ]
     assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
@@ -472,7 +482,7 @@ def test_standardised_hints_have_mean_zero_and_deviation_one(tiny, store, feed, 
         found = []
         for shown in feed.sweep(256, torch.device("cpu")):
             chosen = torch.full_like(shown.index, choice)
-            found.append(method.standardised(method.teacher.hint(shown, method.timesteps[chosen]), chosen))
+            found.append(method.codes(shown, chosen, None, [0])[0])
         codes[t] = torch.cat(found).double()
     groups = codes.values() if standardise == "per_timestep" else [torch.cat(list(codes.values()))]
     for group in groups:
@@ -488,7 +498,7 @@ def test_a_store_and_the_teacher_itself_teach_the_same(tiny, store, feed, standa
     for changes in ({}, {"features": store}):
         method = built(tiny, classes=10, hint_grid=2, standardise=standardise, **changes)
         method.prepare(feed.sweep(256, torch.device("cpu")))
-        means.append((method.hint_mean, method.hint_std))
+        means.append((method.comparisons[0].mean, method.comparisons[0].std))
         shown = feed.batch(3, list(range(32)), torch.device("cpu"))
         parts.append(method(shown, rows(32), 0.0))
         assert method.frozen_multiply_adds() == (0 if changes else method.teacher.network.multiply_adds("mid"))
@@ -504,15 +514,15 @@ def test_the_same_blocks_give_the_same_bits(tiny, store, feed):
     for shown in feed.sweep(256, torch.device("cpu")):
         for t in CHOICES:
             at = torch.full_like(shown.index, t)
-            assert torch.equal(online.teacher.hint(shown, at), replayed.teacher.hint(shown, at))
+            assert torch.equal(*(m.teacher.hints(shown, at, ["mid"])["mid"] for m in (online, replayed)))
 
 
 def test_a_store_of_something_else_is_refused(tiny, store, digits):
     method = built(tiny, classes=10, hint_grid=2, features=store)
-    method.check_data(digits.fingerprint, "none")
+    method.check_data(digits.fingerprint, "none", len(digits))
     for data, words in (((digits.fingerprint, "flip"), "other augment"), (("f00", "none"), "other images")):
         with pytest.raises(UserError, match=words):
-            method.check_data(*data)
+            method.check_data(*data, len(digits))
     for wrong in ({"hint_grid": 1}, {"timestep": policy((0, 7))}):
         with pytest.raises(UserError, match=r"not on a 1x1 grid|has no timestep 7"):
             built(tiny, classes=10, features=store, **{"hint_grid": 2, **wrong})
@@ -572,7 +582,7 @@ def test_the_official_policy_refuses_other_sizes():
         ({"select": "list", "values": ()}, "needs the timesteps"),
         ({"select": "policy", "values": (3, 3)}, "named twice"),
         ({"select": "policy", "values": (3, -1)}, "timesteps are in 0..99999"),
-        ({"select": "best", "values": (3,)}, "'fixed', 'range', 'list' or 'policy'"),
+        ({"select": "best", "values": (3,)}, "'list', 'policy' or 'probed'"),
         ({"values": (3,), "entropy_until": 0}, "greater than 0"),
     ],
 )
@@ -640,7 +650,7 @@ def test_the_end_of_a_range_falls_to_where_it_is_told():
 def test_a_falling_range_is_drawn_from(tiny):
     method = built(tiny, TimestepConfig(select="range", values=(5, 105), decay_to=8, decay_until=0.5))
     many = torch.zeros(500, 3, 8, 8)
-    early, late = (method.timesteps[method.choose(many, rows(500), p)[0]] for p in (0.0, 1.0))
+    early, late = (method.timesteps[method.choose(many, rows(500), p, [0])[0]] for p in (0.0, 1.0))
     assert set(late.tolist()) == {5, 6, 7} and int(early.max()) > 90
 
 
@@ -729,9 +739,10 @@ def test_every_loss_reaches_student_and_projector(tiny, loss, grid):
         return
     method = built(tiny, loss=loss, hint_grid=grid)
     parts = method(batch(), rows(), 0.0)
-    with_projector = {"student", "projector"} if method.comparison.needs_projector else {"student"}
+    with_projector = {"student", "projector"} if FEATURE_LOSSES[loss].needs_projector else {"student"}
     assert reached(method, parts["kd_loss"]) == with_projector
-    assert {n.split(".")[0] for n, _ in method.named_parameters()} == with_projector | {"policy", "task_head"}
+    named = {PARTS.get(n.split(".")[0], n.split(".")[0]) for n, _ in method.named_parameters()}
+    assert named == with_projector | {"policy", "task_head"}
 
 
 @pytest.mark.parametrize(("loss", "distance"), [("l2", F.mse_loss), ("l1", F.l1_loss)])
@@ -740,15 +751,18 @@ def test_the_dense_hint_is_on_the_teachers_own_grid(tiny, loss, distance):
     method = built(tiny, TimestepConfig(select="fixed", values=(7,)), loss=loss, hint_grid=None)
     shown = batch()
     code = method.teacher.network.features(shown.images, 7, ["mid"])["mid"]
-    student = F.conv2d(method.student.feature_map(shown.images), method.projector.weight, method.projector.bias)
+    student = F.conv2d(method.student.feature_map(shown.images), *projection(method))
     expected = distance(F.interpolate(student, code.shape[-2:], mode="bilinear", align_corners=False), code)
     torch.testing.assert_close(method(shown, rows(), 0.0)["kd_loss"], expected)
 
 
 def test_a_projector_that_sees_neighbours(tiny):
     method = built(tiny, hint_grid=None, projector="conv")
-    assert method.projector.weight.shape[-2:] == (3, 3)
+    projector = method.comparisons[0].projector
+    assert projector[0].weight.shape[-2:] == (3, 3)
     assert reached(method, method(batch(), rows(), 0.0)["kd_loss"]) == {"student", "projector"}
+    places = projector(method.student.feature_map(batch().images)).flatten(2)  # every map: mean 0, deviation 1
+    torch.testing.assert_close(places.mean(2), torch.zeros(6, 8), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="needs whole maps, hint_grid null"):
         config(tiny, projector="conv")
 
@@ -761,8 +775,111 @@ def test_relations_need_three_images(tiny):
 def test_whole_maps_are_counted_and_standardised(tiny):
     method = built(tiny, TimestepConfig(select="list", values=CHOICES), hint_grid=None, standardise="per_timestep")
     method.prepare([batch(), batch(seed=1)])
-    codes = [method.code(batch(seed=s), torch.full((6,), 1), rows()) for s in (0, 1)]
+    codes = [method.codes(batch(seed=s), torch.full((6,), 1), rows(), [0])[0] for s in (0, 1)]
     flat = torch.cat(codes).transpose(0, 1).flatten(1)
     torch.testing.assert_close(flat.mean(1), torch.zeros(len(flat)), rtol=0, atol=1e-5)
     torch.testing.assert_close(flat.std(1, correction=0), torch.ones(len(flat)), rtol=1e-4, atol=1e-4)
     method.dry_step(torch.rand(2, 3, 8, 8))
+
+
+# Several pairs of taps
+
+OUTER = PairConfig(tap="down", student_tap="layer1", weight=3.0)
+
+
+def test_several_pairs_are_their_weighted_mean_from_one_pass(tiny):
+    fixed = TimestepConfig(select="fixed", values=(7,))
+    method = built(tiny, fixed, more_pairs=(OUTER,), hint_grid=2)
+    calls = []
+    method.teacher.network.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    total = method(batch(), rows(), 0.0)["kd_loss"]
+    assert len(calls) == 1
+    each = []
+    for pair, comparison in zip(method.pairs, method.comparisons, strict=True):
+        code = method.teacher.network.features(batch().images, 7, [pair.tap])[pair.tap]
+        student = method.student.feature_maps(batch().images, [pair.student_tap])[0]
+        mapped = F.conv2d(student, comparison.projector.weight, comparison.projector.bias)
+        each.append(F.mse_loss(*(F.adaptive_avg_pool2d(x, 2) for x in (mapped, code))))
+    torch.testing.assert_close(total, (each[0] + 3 * each[1]) / 4, rtol=1e-4, atol=1e-6)
+    assert method.uses_all_parameters
+    assert reached(method, total) == {"student", "projector"}
+
+
+def test_several_pairs_are_standardised_each_by_itself(tiny):
+    method = built(tiny, TimestepConfig(select="list", values=CHOICES), more_pairs=(OUTER,), hint_grid=2,
+                   standardise="per_timestep")  # fmt: skip
+    method.prepare([batch(), batch(seed=1)])
+    for k in (0, 1):
+        code = torch.cat([method.codes(batch(seed=s), torch.full((6,), 1), rows(), [0, 1])[k] for s in (0, 1)])
+        torch.testing.assert_close(code.mean((0, 2, 3)), torch.zeros(code.shape[1]), rtol=0, atol=1e-4)
+
+
+def test_ranges_are_bound_to_pairs(tiny):
+    """Each step draws one pair; its timesteps lie in its own range, and only its projector is trained."""
+    ranges = TimestepConfig(select="ranges", values=(0, 10, 1000))
+    method = built(tiny, ranges, more_pairs=(OUTER,))
+    seen = set()
+    for step in range(12):
+        pair = method.active_pairs(rows(step=step))[0]
+        parts = method(batch(), rows(step=step), 0.0)
+        low, high = ((0, 10), (10, 1000))[pair]
+        assert low <= float(parts["mean_timestep"]) < high
+        method.zero_grad()
+        parts["loss"].backward()
+        trained = [c.projector.weight.grad is not None for c in method.comparisons]
+        assert trained == [pair == 0, pair == 1]
+        seen.add(pair)
+    assert seen == {0, 1} and not method.uses_all_parameters
+    with pytest.raises(ValueError, match="bound 2 ranges, and there are 1 tap pairs"):
+        config(tiny, ranges)
+    with pytest.raises(ValueError, match="rising bounds"):
+        TimestepConfig(select="ranges", values=(0, 50, 20))
+
+
+def test_an_unknown_tap_of_a_further_pair_is_refused(tiny):
+    for pair, words in (({"tap": "dwon"}, "tap 'dwon'.*down"), ({"tap": "down", "student_tap": "layer9"}, "layer9")):
+        with pytest.raises(UserError, match=words):
+            built(tiny, more_pairs=(PairConfig(**pair),))
+
+
+# Contrast with a memory
+
+
+def test_crd_pulls_partners_together_and_remembers(tiny):
+    fixed = TimestepConfig(select="fixed", values=(7,))
+    method = built(tiny, fixed, loss="crd", negatives=5)
+    method.check_data("", "none", 30)
+    memory = method.comparisons[0].memory
+    before = memory.memory_s.clone()
+    assert {"comparisons"} < {n.split(".")[0] for n, _ in method.named_parameters()}
+    first = float(method(batch(), rows(), 0.0)["kd_loss"])
+    method.after_step()
+    moved = (memory.memory_s != before).any(1)
+    assert moved.tolist() == [k in batch().index.tolist() for k in range(30)]
+    optimizer = torch.optim.Adam(method.parameters(), 1e-2)
+    for step in range(1, 40):
+        optimizer.zero_grad()
+        method(batch(), rows(step=step), 0.0)["loss"].backward()
+        optimizer.step()
+        method.after_step()
+    assert float(method(batch(), rows(step=99), 0.0)["kd_loss"]) < first - 1
+    with pytest.raises(ValueError, match="remembers a vector"):
+        config(tiny, loss="crd", hint_grid=None)
+
+
+# A timestep that a probe found
+
+
+def test_the_timestep_of_a_probe_is_taken(tiny, tmp_path):
+    probed = TimestepConfig(select="probed", probe=str(tmp_path))
+    with pytest.raises(UserError, match="no finished probe"):
+        built(tiny, probed)
+    found = {"method": {"tap": "mid", "timestep": {"select": "fixed", "values": [700]}, "hint_grid": 2}}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(found))
+    method = built(tiny, probed)
+    assert method.timesteps.tolist() == [700] and method.config.timestep.select == "fixed"
+    with pytest.raises(UserError, match="found 'mid', and"):
+        built(tiny, probed, tap="down")
+    for wrong in ({"select": "probed"}, {"select": "fixed", "values": (1,), "probe": "x"}):
+        with pytest.raises(ValueError, match="takes probe"):
+            TimestepConfig(**wrong)

@@ -5,11 +5,15 @@ Letters: A timesteps to choose from, B images.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from diffrep.config import Config
+from diffrep.errors import UserError
 
 LONGEST_SCHEDULE = 100_000  # timesteps; the teacher's own length is asked when it is loaded
 
@@ -17,8 +21,11 @@ LONGEST_SCHEDULE = 100_000  # timesteps; the teacher's own length is asked when 
 class TimestepConfig(Config):
     """From which timesteps one is chosen for each image, and how."""
 
-    select: Literal["fixed", "range", "list", "policy"] = "policy"
-    values: tuple[int, ...] = ()  # fixed: one; range: low, high (not included); list, policy: the choices
+    select: Literal["fixed", "range", "ranges", "list", "policy", "probed"] = "policy"
+    # fixed: one; range: low, high (not included); ranges: the bounds of one range per tap pair, rising (each step
+    # draws a pair, official MutiStep); list, policy: the choices; probed: none
+    values: tuple[int, ...] = ()
+    probe: str | None = None  # of probed: a finished `diffrep probe` folder, whose best timestep is taken
     decay_to: int | None = None  # of a range: its high falls linearly to this one (official TimeDecayHook: 50)
     decay_until: float = Field(0.5, gt=0, le=1)  # progress at which it is there; official: epoch 100 of 200
     policy: Literal["small", "conv", "mlp"] = "small"  # network: ours for any size; the official two
@@ -37,6 +44,10 @@ class TimestepConfig(Config):
             raise ValueError(f"select 'fixed' takes one value, not {count}")
         if self.select == "range" and (count != 2 or self.values[0] >= self.values[1]):
             raise ValueError("select 'range' takes two values: low, high with low < high")
+        if self.select == "ranges" and (count < 3 or list(self.values) != sorted(self.values)):
+            raise ValueError("select 'ranges' takes rising bounds, one more than tap pairs, e.g. [0, 50, 200]")
+        if (self.select == "probed") != (self.probe is not None) or (self.select == "probed" and count):
+            raise ValueError("select 'probed' takes probe, a finished `diffrep probe` folder, and no values")
         if self.select in ("list", "policy") and count < 1:
             raise ValueError(f"select '{self.select}' needs the timesteps to choose from")
         if self.select != "range" and len(set(self.values)) != count:
@@ -55,7 +66,13 @@ class TimestepConfig(Config):
 
     def choices(self) -> tuple[int, ...]:
         """The A timesteps."""
-        return tuple(range(*self.values)) if self.select == "range" else self.values
+        spans = self.select in ("range", "ranges")
+        return tuple(range(self.values[0], self.values[-1])) if spans else self.values
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of ranges: first and last position (not included) among the choices, for each tap pair."""
+        return [(low - self.values[0], high - self.values[0]) for low, high in pairwise(self.values)]
 
     def open_choices(self, progress: float) -> int:
         """How many of them, from the first, are open at ``progress``: all, or those below a falling end."""
@@ -69,3 +86,23 @@ class TimestepConfig(Config):
     def reads_labels(self) -> bool:
         """Whether the policy's reward does."""
         return self.select == "policy" and self.reward in ("task", "least_squares")
+
+
+PROBED = "best.yaml"  # what a probe leaves of the pair it found
+
+
+def resolved(config: TimestepConfig, tap: str) -> TimestepConfig:
+    """The same with what a probe found in place of its folder; anything else stays as it is.
+
+    Raises:
+        UserError: no finished probe there, or its best is at another tap.
+    """
+    if config.probe is None:
+        return config
+    file = Path(config.probe) / PROBED
+    if not file.exists():
+        raise UserError(f"method.timestep.probe: {config.probe} is no finished probe (no {PROBED})")
+    best = yaml.safe_load(file.read_text())["method"]
+    if best["tap"] != tap:
+        raise UserError(f"method.timestep.probe: {config.probe} found '{best['tap']}', and method.tap is '{tap}'")
+    return config.model_copy(update={"select": "fixed", "values": tuple(best["timestep"]["values"]), "probe": None})

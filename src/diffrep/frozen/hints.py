@@ -26,7 +26,7 @@ class LiveHints:
     def __init__(
         self,
         reference: str,
-        tap: str,
+        taps: Sequence[str],
         grid: int | None,
         noise: Literal["forward"] | None,
         allow_code: bool,
@@ -34,9 +34,9 @@ class LiveHints:
     ) -> None:
         self.network = load_teacher(reference, allow_code)
         self.network.run_as(passes or PassConfig())
-        self.network.keep_only([tap])
-        self.tap, self.grid, self.noise = tap, grid, noise
-        self.channels = self.network.tap(tap).shape[0]
+        self.network.keep_only(taps)
+        self.grid, self.noise = grid, noise
+        self.channels = {tap: self.network.tap(tap).shape[0] for tap in taps}
         self.name, self.licence = self.network.name, self.network.licence
         self.labels_seen = self.network.labels_seen
 
@@ -50,23 +50,27 @@ class LiveHints:
     def check_data(self, fingerprint: str, augment: str) -> None:
         """Any images will do."""
 
-    def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
-        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,); whole maps where grid is None."""
-        feature = self.network.features(batch.images, timestep, [self.tap], noise=self.noise, rng=rng)
-        return feature[self.tap] if self.grid is None else pooled(feature[self.tap], self.grid)
+    def hints(self, batch: Batch, timestep: Tensor, taps: Sequence[str], rng: Rows | None = None) -> dict[str, Tensor]:
+        """Tap -> (B, C, g, g) float32 without gradient, each image at its own timestep (B,); maps where grid is None.
 
-    def multiply_adds(self) -> int:
-        """Per image and step."""
-        return self.network.multiply_adds(self.tap)
+        One pass, which ends at the deepest of the taps.
+        """
+        features = self.network.features(batch.images, timestep, list(dict.fromkeys(taps)), noise=self.noise, rng=rng)
+        return {tap: f if self.grid is None else pooled(f, self.grid) for tap, f in features.items()}
+
+    def multiply_adds(self, taps: Sequence[str]) -> int:
+        """Per image and step, up to the deepest tap."""
+        return max(self.network.multiply_adds(tap) for tap in taps)
 
 
 class StoredHints:
     """A feature store in the teacher's place: the teacher is not even loaded."""
 
-    def __init__(self, folder: str, tap: str, grid: int | None) -> None:
-        self.store, self.tap = FeatureStore(folder), tap
-        self.store.check(tap, grid)
-        self.channels = self.store.channels(tap)
+    def __init__(self, folder: str, taps: Sequence[str], grid: int | None) -> None:
+        self.store = FeatureStore(folder)
+        for tap in taps:
+            self.store.check(tap, grid)
+        self.channels = {tap: self.store.channels(tap) for tap in taps}
         self.name, self.licence = self.store.teacher, self.store.licence
         self.labels_seen: dict[str, int] = self.store.manifest.get("teacher_labels_seen", {})
 
@@ -78,23 +82,26 @@ class StoredHints:
         """Refuse other images, or other views of them, than the store was written from."""
         self.store.check_source(fingerprint, augment)
 
-    def hint(self, batch: Batch, timestep: Tensor, rng: Rows | None = None) -> Tensor:
-        """(B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
-        return self.store.gather(self.tap, timestep, batch.view, batch.index, batch.images.device)
+    def hints(self, batch: Batch, timestep: Tensor, taps: Sequence[str], rng: Rows | None = None) -> dict[str, Tensor]:
+        """Tap -> (B, C, g, g) float32 without gradient, each image at its own timestep (B,)."""
+        return {t: self.store.gather(t, timestep, batch.view, batch.index, batch.images.device) for t in taps}
 
-    def multiply_adds(self) -> int:
+    def multiply_adds(self, taps: Sequence[str]) -> int:
         """None: writing the store had its own budget."""
         return 0
 
 
-def statistics(hints: LiveHints | StoredHints, timesteps: Sequence[int], batches: Iterable[Batch]) -> Tensor:
-    """(A, 2, C) float64: mean and mean square per timestep and channel over ``batches``."""
-    sums = torch.zeros(len(timesteps), 2, hints.channels, dtype=torch.float64)
-    count = 0
+def statistics(
+    hints: LiveHints | StoredHints, taps: Sequence[str], timesteps: Sequence[int], batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """Tap -> (A, 2, C) float64: mean and mean square per timestep and channel over ``batches``."""
+    sums = {tap: torch.zeros(len(timesteps), 2, hints.channels[tap], dtype=torch.float64) for tap in taps}
+    counts = dict.fromkeys(taps, 0)
     for number, batch in enumerate(batches):
         for row, t in enumerate(timesteps):
             rng = Rows(stream(0, "statistics", t, number, device=batch.images.device), len(batch.images))
-            codes = hints.hint(batch, torch.full_like(batch.index, t), rng).double()  # (B, C, g, g)
-            sums[row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
-        count += len(batch.images) * codes.shape[2] * codes.shape[3]
-    return sums / max(count, 1)
+            for tap, code in hints.hints(batch, torch.full_like(batch.index, t), taps, rng).items():
+                codes = code.double()  # (B, C, g, g)
+                sums[tap][row] += torch.stack([codes.sum((0, 2, 3)), codes.square().sum((0, 2, 3))]).cpu()
+                counts[tap] += codes.numel() // codes.shape[1] if row == 0 else 0
+    return {tap: total / max(counts[tap], 1) for tap, total in sums.items()}

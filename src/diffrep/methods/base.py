@@ -66,8 +66,8 @@ class Method(nn.Module):
     def after_step(self) -> None:
         """Called once per update, after the optimiser; what is learnt outside gradients is brought up to date here."""
 
-    def check_data(self, fingerprint: str, augment: str) -> None:
-        """Refuse images that a cache was not made from."""
+    def check_data(self, fingerprint: str, augment: str, num_images: int) -> None:
+        """Meet the training set: refuse images that a cache was not made from, make room for as many as there are."""
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         """Write the network to keep into ``run_dir``; returns what ``result.json`` should say of it."""

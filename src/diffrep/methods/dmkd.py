@@ -134,7 +134,7 @@ class DMKD(Method):
             self._judge = live.network
         return self._judge.logits(images)
 
-    def check_data(self, fingerprint: str, augment: str) -> None:
+    def check_data(self, fingerprint: str, augment: str, num_images: int) -> None:
         self.teacher.check_data(fingerprint, augment)
 
     def dry_step(self, images: Tensor) -> None:

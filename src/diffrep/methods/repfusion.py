@@ -10,7 +10,8 @@ Deviations from the official code (numbers: the defects listed in docs/repfusion
 (3) The policy works on logits over a list of timesteps, not on softmax outputs over all 1,000.
 (4) Reward, task head and policy gradient use labelled images only; a hidden label reaches nothing.
 (5) The hint may keep a coarse grid and may be standardised; ``hint_grid=1, standardise="none"`` is the paper's.
-(6) The student's map is pooled before the 1x1 projector, not after: both are linear, so the result is the same.
+(6) With several tap pairs, head and reward read the first one's code, not the last one's.
+How student and teacher are compared at a pair: models/comparison.py.
 """
 
 from __future__ import annotations
@@ -27,15 +28,25 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffrep import losses
+from diffrep.config import Config
 from diffrep.data.batch import Batch
-from diffrep.diffusion.selection import TimestepConfig
+from diffrep.diffusion.selection import TimestepConfig, resolved
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
 from diffrep.frozen.passes import PassConfig
 from diffrep.methods.base import Method, MethodConfig, save_student, sum_over_processes
 from diffrep.models import rewards
+from diffrep.models.comparison import MEMORY, Comparison, LossName, Projector
 from diffrep.models.policies import mlp, policy_network
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
+
+
+class PairConfig(Config):
+    """One place where the student imitates the teacher."""
+
+    tap: str  # of the teacher
+    student_tap: str | None = None  # dotted module of the student; None: its last map
+    weight: float = Field(1.0, gt=0)  # among the pairs; the loss is their weighted mean (official: all alike)
 
 
 class RepFusionConfig(MethodConfig):
@@ -45,12 +56,15 @@ class RepFusionConfig(MethodConfig):
     teacher: str  # diffusers folder, Hub id, run folder, python:module:factory, random:REFERENCE
     tap: str = "mid_block.resnets.1.conv2"  # where the teacher is read; the paper says the mid block's output
     student: StudentConfig
+    more_pairs: tuple[PairConfig, ...] = ()  # besides tap and student.tap, whose weight is 1
     timestep: TimestepConfig
     noise: Literal["forward"] | None = None  # None: clean image (official); forward: x_t
     # How student and teacher are compared: l2 is the paper's hint, at attention transfer, rkd relations of images.
-    loss: Literal["l2", "l1", "l2_norm", "cosine", "at", "rkd", "info_nce"] = "l2"
+    # crd, contrast with a memory of all images, is the official kd.py's as it was meant.
+    loss: LossName = "l2"
+    negatives: int = Field(4096, ge=1)  # images that crd compares each one with; official nce_n
     hint_grid: int | None = Field(1, ge=1)  # cells per side both are pooled to; None: the teacher's own grid (dense)
-    projector: Literal["linear", "conv"] = "linear"  # to the teacher's width: 1x1 (official) or 3x3
+    projector: Projector = "linear"  # to the teacher's width: 1x1 (official), or 3x3 and each map normalised
     standardise: Literal["none", "joint", "per_timestep"] = "none"  # of the hint, per channel, over the training set
     kd_weight: float = Field(1.0, ge=0)  # official kd_weight
     task_weight: float = Field(1.0, ge=0)  # of the task head's cross-entropy; reaches the head alone
@@ -67,14 +81,24 @@ class RepFusionConfig(MethodConfig):
             raise ValueError("features holds clean-image hints; it cannot be used with noise 'forward'")
         if self.features and self.timestep.select == "policy" and self.timestep.reward == "common":
             raise ValueError("reward 'common' looks at mirrored images, and features does not hold them")
+        ranges = len(self.timestep.values) - 1
+        if self.timestep.select == "ranges" and ranges != len(self.pairs):
+            raise ValueError(f"timestep.values bound {ranges} ranges, and there are {len(self.pairs)} tap pairs")
         return self
 
     def _compares(self) -> None:
         as_it_is = self.hint_grid is None and self.standardise == "none"
-        if not losses.FEATURE_LOSSES[self.loss].pools and not as_it_is:
-            raise ValueError(f"loss '{self.loss}' compares whole maps as they are: hint_grid null, standardise 'none'")
+        if self.loss == "at" and not as_it_is:
+            raise ValueError("loss 'at' compares whole maps as they are: hint_grid null, standardise 'none'")
+        if self.loss == MEMORY and self.hint_grid is None:
+            raise ValueError("loss 'crd' remembers a vector of each image: hint_grid is a number, e.g. 1")
         if self.projector == "conv" and self.hint_grid is not None:
             raise ValueError("projector 'conv' looks at neighbours: it needs whole maps, hint_grid null")
+
+    @property
+    def pairs(self) -> tuple[PairConfig, ...]:
+        """All tap pairs, the first one from tap and student.tap."""
+        return (PairConfig(tap=self.tap, student_tap=self.student.tap), *self.more_pairs)
 
     def label_readers(self) -> tuple[str, ...]:
         if not self.timestep.reads_labels:
@@ -91,31 +115,33 @@ class RepFusion(Method):
     """Policy, teacher, student, task head: the four parts of one step."""
 
     timesteps: Tensor  # (A,) int64
-    hint_mean: Tensor  # (A or 1, C, 1, 1)
-    hint_std: Tensor
     running_reward: Tensor  # () mean over labelled images of all steps so far
 
     def __init__(self, config: RepFusionConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
-        self.config = config
+        config = config.model_copy(update={"timestep": resolved(config.timestep, config.tap)})
+        self.config, self.pairs = config, config.pairs
         self.teacher = hints_of(config, allow_code)  # frozen, no module
         choices = config.timestep.choices()
         self.teacher.check(choices, image_size)
-        channels = self.teacher.channels
-        self.comparison = losses.FEATURE_LOSSES[config.loss]
+        channels = self.teacher.channels[config.tap]
         self.student = Student(config.student)
-        width, self.uses_all_parameters = self.student.try_out(image_size)
-        if self.comparison.needs_projector:
-            size = {"linear": 1, "conv": 3}[config.projector]
-            self.projector = nn.Conv2d(width, channels, size, padding="same")
+        widths, self.uses_all_parameters = self.student.try_taps(image_size, [p.student_tap for p in self.pairs])
+        if config.timestep.select == "ranges":  # one pair a step
+            self.uses_all_parameters = False
+        rows = len(choices) if config.standardise == "per_timestep" else 1
+        self.comparisons = nn.ModuleList(
+            Comparison(
+                config.loss, (width, self.teacher.channels[pair.tap]), config.hint_grid, config.projector, rows,
+                config.negatives,
+            )
+            for pair, width in zip(self.pairs, widths, strict=True)
+        )  # fmt: skip
         if config.timestep.select == "policy":
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
             if config.timestep.reward == "task":
                 self.task_head = mlp(self.code_size, channels, channels, num_classes)
-        rows = len(choices) if config.standardise == "per_timestep" else 1
         self.register_buffer("timesteps", torch.tensor(choices), persistent=False)
-        self.register_buffer("hint_mean", torch.zeros(rows, channels, 1, 1))
-        self.register_buffer("hint_std", torch.ones(rows, channels, 1, 1))
         # Before anything is learnt the task head guesses: its reward is that of chance. Other rewards begin at 0.
         chance = -math.log(num_classes) if config.timestep.reward == "task" else 0.0
         self.num_classes = num_classes
@@ -126,19 +152,20 @@ class RepFusion(Method):
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         # 1. One timestep per image: proposed by the policy, or by the rule the recipe names.
-        choice, logits = self.choose(batch.images, rng, progress)  # (B,), (B, A) or None
+        active = self.active_pairs(rng)
+        choice, logits = self.choose(batch.images, rng, progress, active)  # (B,), (B, A) or None
 
         # 2. Teacher and student look at the same images; the student imitates.
-        code = self.code(batch, choice, rng)  # (B, C, g, g)
-        imitation = self.imitation(batch.images, code)
-        kd_loss = self.comparison.function(imitation, code).mean()
+        codes = self.codes(batch, choice, rng, active)  # of each pair (B, C, g, g)
+        imitations = self.imitations(batch.images, [code.shape[-2:] for code in codes], active)
+        kd_loss = self.distance(imitations, codes, batch.index, rng, active)
         parts = {"kd_loss": kd_loss, "mean_timestep": self.timesteps[choice].float().mean()}
         loss = self.config.kd_weight * kd_loss
         if logits is None:
             return {"loss": loss, **parts}
 
         # 3. A view is good if much can be told from it: that is the reward. Hidden labels take no part.
-        known = self.known(batch)
+        code, imitation, known = codes[0], imitations[0], self.known(batch)
         reward, task_loss = self.reward(code, batch, choice, rng, imitation)
         policy_loss = losses.reinforce(logits, choice, reward - self.baseline(batch, logits, rng, imitation))
         self.rewards.append(torch.stack([torch.where(known, reward, 0).sum(), known.sum()]))
@@ -159,16 +186,42 @@ class RepFusion(Method):
             parts["policy_probs"] = logits.softmax(1).mean(0)  # (A,)
         return {"loss": loss, **parts}
 
-    def choose(self, images: Tensor, rng: Rows, progress: float) -> tuple[Tensor, Tensor | None]:
+    def active_pairs(self, rng: Rows) -> list[int]:
+        """All of them; of ranges bound to pairs the one this step draws, the same for all images."""
+        count = len(self.pairs)
+        return [int(rng.shared() * count)] if self.config.timestep.select == "ranges" else list(range(count))
+
+    def choose(self, images: Tensor, rng: Rows, progress: float, active: list[int]) -> tuple[Tensor, Tensor | None]:
         """images -> positions in ``timesteps`` (B,), and the policy's logits (B, A) where there is one."""
-        if self.config.timestep.select == "policy":
+        config = self.config.timestep
+        if config.select == "policy":
             logits = self.policy(images)
             return rng.categorical(logits.detach().float().softmax(1)), logits.float()
-        return rng.integers(0, self.config.timestep.open_choices(progress)).to(images.device), None
+        span = config.spans[active[0]] if config.select == "ranges" else (0, config.open_choices(progress))
+        return rng.integers(*span).to(images.device), None
 
-    def code(self, batch: Batch, choice: Tensor, rng: Rows) -> Tensor:
-        """What the teacher holds at each image's timestep, standardised, (B, C, g, g)."""
-        return self.standardised(self.teacher.hint(batch, self.timesteps[choice], rng), choice)
+    # Imitation
+
+    def codes(self, batch: Batch, choice: Tensor, rng: Rows, active: list[int]) -> list[Tensor]:
+        """What the teacher holds at each image's timestep, standardised, of each active pair (B, C, g, g)."""
+        hints = self.teacher.hints(batch, self.timesteps[choice], [self.pairs[k].tap for k in active], rng)
+        return [self.comparisons[k].standardised(hints[self.pairs[k].tap], choice) for k in active]
+
+    def imitations(self, images: Tensor, grids: list[torch.Size], active: list[int]) -> list[Tensor]:
+        """The student's maps on the codes' grids and in their widths."""
+        maps = self.student.feature_maps(images, [self.pairs[k].student_tap for k in active])
+        return [self.comparisons[k].imitation(x, grid) for k, x, grid in zip(active, maps, grids, strict=True)]
+
+    def distance(
+        self, imitations: list[Tensor], codes: list[Tensor], index: Tensor, rng: Rows, active: list[int]
+    ) -> Tensor:
+        """The weighted mean of the pairs' losses, ()."""
+        weights = torch.tensor([self.pairs[k].weight for k in active], device=index.device)
+        each = [
+            self.comparisons[k].distance(imitation, code, index, rng)
+            for k, imitation, code in zip(active, imitations, codes, strict=True)
+        ]
+        return (torch.stack(each) * weights).sum() / weights.sum()
 
     # The reward
 
@@ -198,7 +251,7 @@ class RepFusion(Method):
         if kind == "student":
             return rewards.least_squares(self.summary(code), self.summary(imitation)), None
         mirrored = replace(batch, images=batch.images.flip(3))
-        return rewards.common(self.summary(code), self.summary(self.code(mirrored, choice, rng))), None
+        return rewards.common(self.summary(code), self.summary(self.codes(mirrored, choice, rng, [0])[0])), None
 
     def _told_by_labels(self, code: Tensor, batch: Batch) -> Tensor:
         known, found = self.known(batch), code.new_zeros(len(code))
@@ -213,30 +266,17 @@ class RepFusion(Method):
         if kind == "self_critical":  # the reward of what the policy thinks best (Rennie et al. 2017): one pass more
             best = logits.detach().argmax(1)
             with torch.no_grad():
-                return self.reward(self.code(batch, best, rng), batch, best, rng, imitation)[0]
+                return self.reward(self.codes(batch, best, rng, [0])[0], batch, best, rng, imitation)[0]
         return self.running_reward if kind == "running_mean" else torch.zeros_like(self.running_reward)
-
-    def imitation(self, images: Tensor, code: Tensor) -> Tensor:
-        """The student's map on the code's grid and in its width, (B, C, g, g); at and rkd take it as it is."""
-        feature, grid = self.student.feature_map(images), self.config.hint_grid
-        if grid is not None:
-            feature = losses.pooled(feature, grid)
-        if self.comparison.needs_projector:
-            feature = self.projector(feature)
-        return feature if feature.shape[-2:] == code.shape[-2:] else losses.resized(feature, code)
 
     @property
     def code_size(self) -> int:
         """Numbers of a code that the task head and rewards read: whole maps are pooled for them."""
-        return self.teacher.channels * (self.config.hint_grid or 1) ** 2
+        return self.teacher.channels[self.config.tap] * (self.config.hint_grid or 1) ** 2
 
     def summary(self, code: Tensor) -> Tensor:
         """(B, C, g, g) -> (B, code_size)."""
         return losses.pooled(code, self.config.hint_grid or 1).flatten(1)
-
-    def standardised(self, code: Tensor, choice: Tensor) -> Tensor:
-        row = choice if len(self.hint_mean) > 1 else torch.zeros_like(choice)
-        return (code - self.hint_mean[row]) / self.hint_std[row]
 
     def after_step(self) -> None:
         """One update of the running reward per step, from the labelled images of all micro-batches and processes."""
@@ -246,6 +286,8 @@ class RepFusion(Method):
             mean = torch.where(count > 0, total / count.clamp(min=1), self.running_reward)
             self.running_reward.copy_(decay * self.running_reward + (1 - decay) * mean)
             self.rewards = []
+        for comparison in self.comparisons:
+            comparison.after_step()
 
     def entropy_weight(self, progress: float) -> float:
         """Falls linearly from ``entropy_weight`` at 0 to nothing at ``entropy_until``."""
@@ -257,12 +299,10 @@ class RepFusion(Method):
         """Mean and deviation of the hint per channel, over the training set and the timesteps in use."""
         if self.config.standardise == "none":
             return
-        rows = statistics(self.teacher, self._representative(), batches)  # (A', 2, C): mean, mean of squares
-        rows = rows if self.config.standardise == "per_timestep" else rows.mean(0, keepdim=True)
-        mean, square = rows.unbind(1)
-        deviation = (square - mean.square()).clamp(min=0).sqrt()
-        self.hint_mean.copy_(mean[:, :, None, None])
-        self.hint_std.copy_(deviation.clamp(min=1e-6)[:, :, None, None])
+        found = statistics(self.teacher, list(self.teacher.channels), self._representative(), batches)
+        for pair, comparison in zip(self.pairs, self.comparisons, strict=True):
+            rows = found[pair.tap]  # (A', 2, C)
+            comparison.measure(rows if self.config.standardise == "per_timestep" else rows.mean(0, keepdim=True))
 
     def _representative(self) -> list[int]:
         values = self.timesteps.tolist()
@@ -270,21 +310,23 @@ class RepFusion(Method):
             return values
         return [values[round(i * (len(values) - 1) / (STATISTICS_TIMESTEPS - 1))] for i in range(STATISTICS_TIMESTEPS)]
 
-    def check_data(self, fingerprint: str, augment: str) -> None:
+    def check_data(self, fingerprint: str, augment: str, num_images: int) -> None:
         self.teacher.check_data(fingerprint, augment)
+        for comparison in self.comparisons:
+            comparison.remember(num_images)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        projector = [*self.projector.parameters()] if self.comparison.needs_projector else []
-        groups = {"student": [*self.student.parameters(), *projector]}
+        groups = {"student": [*self.student.parameters(), *self.comparisons.parameters()]}
         if self.config.timestep.select == "policy":
             head = {"task_head": [*self.task_head.parameters()]} if self.config.timestep.reward == "task" else {}
             groups |= {**head, "policy": [*self.policy.parameters()]}
         return groups
 
     def dry_step(self, images: Tensor) -> None:
-        """Student, projector, policy and task head; the teacher's share is counted apart."""
-        grid = self.config.hint_grid or 1
-        loss = self.imitation(images, images.new_zeros(len(images), self.teacher.channels, grid, grid)).sum()
+        """Student, projectors, policy and task head; the teacher's share is counted apart."""
+        grid, every = self.config.hint_grid or 1, list(range(len(self.pairs)))
+        imitations = self.imitations(images, [torch.Size((grid, grid))] * len(every), every)
+        loss = torch.stack([x.sum() for x in imitations]).sum()
         if self.config.timestep.select == "policy":
             loss = loss + self.policy(images).sum()
             if self.config.timestep.reward == "task":
@@ -292,7 +334,7 @@ class RepFusion(Method):
         loss.backward()
 
     def frozen_multiply_adds(self) -> int:
-        return self.teacher.multiply_adds()
+        return self.teacher.multiply_adds(list(self.teacher.channels))
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         save_student(run_dir, self.student)
@@ -305,6 +347,7 @@ class RepFusion(Method):
 
 def hints_of(config: RepFusionConfig, allow_code: bool) -> LiveHints | StoredHints:
     """The teacher, or the store that stands in for it."""
+    taps = list(dict.fromkeys(pair.tap for pair in config.pairs))
     if config.features:
-        return StoredHints(config.features, config.tap, config.hint_grid)
-    return LiveHints(config.teacher, config.tap, config.hint_grid, config.noise, allow_code, config.passes)
+        return StoredHints(config.features, taps, config.hint_grid)
+    return LiveHints(config.teacher, taps, config.hint_grid, config.noise, allow_code, config.passes)

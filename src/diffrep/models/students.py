@@ -72,7 +72,7 @@ class Student(nn.Module):
         self.config = config
         self.backbone = create(config.name, num_classes, **config.options)
         self.image_size: int | None = None  # pixels of the images it was tried with
-        self._tap: taps.Tap | None = None  # found at the first use
+        self._taps: dict[str, taps.Tap] | None = None  # found at the first use
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
 
@@ -91,35 +91,45 @@ class Student(nn.Module):
 
     def feature_map(self, images: Tensor) -> Tensor:
         """-> (B, C, h, w) at the configured tap; tokens (B, N, C) become a square map without prefix tokens."""
-        x = self.normalise(images)
-        if self.config.tap is None:
-            return self._as_map(self.backbone.forward_features(x))
-        features = taps.read(self.backbone, lambda: self.backbone.forward_features(x), [self._point(x)])
-        return self._as_map(features[self.config.tap])
+        return self.feature_maps(images, [self.config.tap])[0]
+
+    def feature_maps(self, images: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+        """The maps at several taps from one pass, in the order of ``names``; None is the last map."""
+        x, last = self.normalise(images), list[Tensor]()
+        inner = [self._point(x, name) for name in dict.fromkeys(names) if name is not None]
+        if not inner:
+            return [self._as_map(self.backbone.forward_features(x))] * len(names)
+        read = taps.read_along if None in names else taps.read
+        found = read(self.backbone, lambda: last.append(self.backbone.forward_features(x)), inner)
+        return [self._as_map(last[0] if name is None else found[name]) for name in names]
 
     @torch.no_grad()
-    def _point(self, x: Tensor) -> taps.Tap:
-        """The configured tap; how often a pass reaches it is counted once, on one image."""
-        if self._tap is None:
-            taps.find_module(self.backbone, str(self.config.tap))  # an unknown name is refused with the nearest
+    def _point(self, x: Tensor, name: str) -> taps.Tap:
+        """A tap; how often a pass reaches it is counted once, on one image."""
+        if self._taps is None:
             was_training = self.training
             self.eval()
-            found = taps.list_taps(self.backbone, lambda: self.backbone.forward_features(x[:1]), x.shape[-1])
+            self._taps = taps.list_taps(self.backbone, lambda: self.backbone.forward_features(x[:1]), x.shape[-1])
             self.train(was_training)
-            if self.config.tap not in found:
-                raise UserError(f"student.tap '{self.config.tap}' is not reached by {self.config.name}'s features")
-            self._tap = found[self.config.tap]
-        return self._tap
+        if name not in self._taps:
+            taps.find_module(self.backbone, name)  # an unknown name is refused with the nearest
+            raise UserError(f"student.tap '{name}' is not reached by {self.config.name}'s features")
+        return self._taps[name]
 
     def try_out(self, image_size: int) -> tuple[int, bool]:
-        """Channels of the map, and whether every parameter has a part in it.
+        """Channels of the configured tap's map, and whether every parameter has a part in it.
 
         Raises:
             UserError: the network does not take images of this size, or these options.
         """
+        widths, used = self.try_taps(image_size, [self.config.tap])
+        return widths[0], used
+
+    def try_taps(self, image_size: int, names: Sequence[str | None]) -> tuple[list[int], bool]:
+        """The same for several taps: channels of each, and whether every parameter has a part in any."""
         was_training = self.training
         try:
-            feature = self.eval().feature_map(torch.zeros(1, 3, image_size, image_size))
+            features = self.eval().feature_maps(torch.zeros(1, 3, image_size, image_size), names)
             self.pooled(torch.zeros(1, 3, image_size, image_size))
         except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError) as error:
             if isinstance(error, UserError):
@@ -127,10 +137,10 @@ class Student(nn.Module):
             what = f"student '{self.config.name}' with options {self.config.options}"
             raise UserError(f"{what} does not take {image_size}-pixel images: {str(error).strip()[:160]}") from None
         self.image_size = image_size
-        feature.sum().backward()
+        torch.stack([feature.sum() for feature in features]).sum().backward()
         used = all(p.grad is not None for p in self.parameters())
         self.train(was_training).zero_grad(set_to_none=True)
-        return feature.shape[1], used
+        return [feature.shape[1] for feature in features], used
 
     def _as_map(self, feature: Tensor) -> Tensor:
         if feature.dim() == 4 and self._is_channels_last(feature):
