@@ -166,7 +166,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WAVES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        if timesteps.is_meta:  # no values that could be equal
+        if timesteps.is_meta or timesteps.requires_grad:  # no values that could be equal; ``unique`` has no gradient
             return self._embedded(timesteps)
         distinct, which = timesteps.unique(return_inverse=True)
         return self._embedded(distinct)[which]

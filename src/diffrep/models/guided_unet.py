@@ -103,7 +103,7 @@ class TimeEmbedding(nn.Sequential):
         self.width = width
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        if timesteps.is_meta:  # without values all count as distinct
+        if timesteps.is_meta or timesteps.requires_grad:  # without values all are distinct; ``unique`` has no gradient
             return super().forward(self.sines(timesteps))
         distinct, where = torch.unique(timesteps, return_inverse=True)
         return super().forward(self.sines(distinct))[where]
