@@ -382,16 +382,16 @@ def load_data(data: str | DataConfig, split: Split = "train") -> ImageSet:
 
 def report(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:
     """One HTML page about one study or several runs; returns its path."""
+    from diffrep.evaluation.label_value import worth
     from diffrep.report.build import write_report
 
-    return write_report([Path(r) for r in runs], Path(out))
+    return write_report([Path(r) for r in runs], Path(out), worth)
 
 
 def default_run_dir(task: Recipe | Study) -> Path:
     """``runs/NAME-sSEED-HASH8``."""
-    seed = "_".join(map(str, task.seeds)) if isinstance(task, Study) else str(task.seed)
-    seed = seed if len(seed) < 40 else short_hash(seed)
-    return Path("runs") / f"{task.name}-s{seed}-{recipe_hash(task)}"
+    seed = "_".join(map(str, task.seeds if isinstance(task, Study) else [task.seed]))
+    return Path("runs") / f"{task.name}-s{seed if len(seed) < 40 else short_hash(seed)}-{recipe_hash(task)}"
 
 
 def _set_threads(threads: int) -> None:

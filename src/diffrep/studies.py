@@ -22,6 +22,7 @@ from typing import Any
 
 from diffrep.console import LINE_EVERY, status_line
 from diffrep.errors import DiffrepError, Interrupted, RunError, UserError
+from diffrep.evaluation import label_value
 from diffrep.files import locked, read_json, short_hash, write_json
 from diffrep.recipes.base import STAGE, Study, Task, recipe_hash, references, replace_strings, to_yaml
 from diffrep.training.run import RunDir
@@ -280,6 +281,7 @@ def _summary(study: Study, everything: list[Instance], results: dict[str, dict[s
         name: {str(i.seed): results[i.key].get("scores", {}) for i in everything if i.name == name and i.key in results}
         for name in study.arms
     }
+    runs = {n: (study.stages[n].model_dump(mode="json"), {int(s): results[f"{n}-s{s}"] for s in arms[n]}) for n in arms}
     return {
         "name": study.name,
         "kind": "study",
@@ -287,6 +289,7 @@ def _summary(study: Study, everything: list[Instance], results: dict[str, dict[s
         "seeds": list(study.seeds),
         "headline": study.headline,
         "arms": arms,
+        "worth_labels": label_value.worth(runs),
         "cpu_seconds": round(sum(r.get("cpu_seconds", 0) for r in results.values()), 1),
     }
 

@@ -209,7 +209,7 @@ def test_a_rule_without_policy_needs_no_labels(tiny):
     method = built(tiny, TimestepConfig(select="list", values=CHOICES))
     unlabelled = Batch(batch().images, None, torch.arange(6))
     parts = method(unlabelled, rows(), 0.0)
-    assert parts.keys() == {"loss", "kd_loss", "mean_timestep"}
+    assert parts.keys() == {"loss", "kd_loss", "mean_timestep", "chosen_timesteps"}
     assert config(tiny, TimestepConfig(select="fixed", values=(1,))).label_readers() == ()
     assert config(tiny).label_readers() == ("task head", "policy (through its reward)")
 
@@ -852,7 +852,7 @@ def test_crd_pulls_partners_together_and_remembers(tiny):
     memory = method.comparisons[0].memory
     before = memory.memory_s.clone()
     assert {"comparisons"} < {n.split(".")[0] for n, _ in method.named_parameters()}
-    first = float(method(batch(), rows(), 0.0)["kd_loss"])
+    first = method(batch(), rows(), 0.0)["kd_loss"].item()
     method.after_step()
     moved = (memory.memory_s != before).any(1)
     assert moved.tolist() == [k in batch().index.tolist() for k in range(30)]
@@ -862,7 +862,7 @@ def test_crd_pulls_partners_together_and_remembers(tiny):
         method(batch(), rows(step=step), 0.0)["loss"].backward()
         optimizer.step()
         method.after_step()
-    assert float(method(batch(), rows(step=99), 0.0)["kd_loss"]) < first - 1
+    assert method(batch(), rows(step=99), 0.0)["kd_loss"].item() < first - 1
     with pytest.raises(ValueError, match="remembers a vector"):
         config(tiny, loss="crd", hint_grid=None)
 

@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import torch.nn.functional as F
 import yaml
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.errors import UserError
@@ -106,3 +108,15 @@ def resolved(config: TimestepConfig, tap: str) -> TimestepConfig:
     if best["tap"] != tap:
         raise UserError(f"method.timestep.probe: {config.probe} found '{best['tap']}', and method.tap is '{tap}'")
     return config.model_copy(update={"select": "fixed", "values": tuple(best["timestep"]["values"]), "probe": None})
+
+
+BINS = 32  # of the log's histogram of chosen timesteps
+
+
+def binned(timesteps: Tensor, end: int, bins: int = BINS) -> Tensor:
+    """The share of images in each of ``bins`` equal parts of 0..end, (bins,): a mean, so that micro-batches add up.
+
+    Args:
+        timesteps: (B,) int64 in 0..end-1.
+    """
+    return F.one_hot(timesteps * bins // end, bins).float().mean(0)

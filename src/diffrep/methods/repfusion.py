@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from diffrep import losses
 from diffrep.config import Config
 from diffrep.data.batch import Batch
-from diffrep.diffusion.selection import TimestepConfig, resolved
+from diffrep.diffusion.selection import TimestepConfig, binned, resolved
 from diffrep.frozen.hints import LiveHints, StoredHints, statistics
 from diffrep.frozen.passes import PassConfig
 from diffrep.methods.base import Method, MethodConfig, save_student, sum_over_processes
@@ -160,6 +160,8 @@ class RepFusion(Method):
         imitations = self.imitations(batch.images, [code.shape[-2:] for code in codes], active)
         kd_loss = self.distance(imitations, codes, batch.index, rng, active)
         parts = {"kd_loss": kd_loss, "mean_timestep": self.timesteps[choice].float().mean()}
+        if self.config.timestep.select != "fixed":
+            parts["chosen_timesteps"] = binned(self.timesteps[choice], max(self.config.timestep.choices()) + 1)  # (32,)
         loss = self.config.kd_weight * kd_loss
         if logits is None:
             return {"loss": loss, **parts}

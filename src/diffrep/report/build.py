@@ -15,14 +15,16 @@ from diffrep.report.reading import read_folder
 from diffrep.report.scores import axis_words
 from diffrep.report.study import study_page
 from diffrep.report.values import Study
+from diffrep.report.worth import Valuer
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, valuer: Valuer | None = None) -> Path:
     """One self-contained HTML page: a study's own, or a comparison of several folders.
 
     Args:
         runs: one study folder, or run folders (a study among several brings its arms).
         out: the file to write.
+        valuer: what a comparison asks for the worth of scores in labels; a study's result holds its own.
 
     Returns:
         ``out``.
@@ -34,7 +36,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     if not found:
         raise UserError("report needs at least one run folder")
     first = found[0]
-    page = study_page(first) if len(found) == 1 and isinstance(first, Study) else compare_page(found)
+    page = study_page(first) if len(found) == 1 and isinstance(first, Study) else compare_page(found, valuer)
     write_atomic(Path(out), render(page))
     return Path(out)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from diffrep.report import made, networks, pictures, sections, sets, teachers
+from diffrep.report import choices, made, networks, pictures, sections, sets, teachers, worth
 from diffrep.report.numbers import binomial_se, listed
 from diffrep.report.page import Block, Page, Picture, Section, Table, Text
 from diffrep.report.scores import axis_words, labels_in, meanings, measure, printed, score_words, unit_words
@@ -16,18 +16,24 @@ from diffrep.report.sections import labels_text
 from diffrep.report.values import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
 
 
-def compare_page(found: Sequence[Run | Study]) -> Page:
-    """Runs of one recipe share a row, whatever their seeds; a study among them brings its arms."""
+def compare_page(found: Sequence[Run | Study], valuer: worth.Valuer | None = None) -> Page:
+    """Runs of one recipe share a row, whatever their seeds; a study among them brings its arms.
+
+    Args:
+        valuer: tells what scores are worth in labels; this room computes nothing of the kind.
+    """
     entries = _entries(found)
     blocks = [
         Section("", _overview(entries)),
         _scores(entries),
+        worth.worth_of(entries, valuer) if valuer else None,
         _budget(entries),
         _published(entries),
         networks.networks(entries),
         sections.curves(entries),
         *(teachers.sweep(e) for e in entries if e.kind == "probe"),
         teachers.policies(entries, next((e for e in entries if e.kind == "probe"), None)),
+        choices.choices(entries),
         teachers.samples(entries),
         sets.drawn_sets(entries),
         made.made_images(entries),

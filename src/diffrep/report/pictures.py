@@ -293,6 +293,35 @@ def _ended(axes: Axes, looks: Looks) -> None:
     axes.grid(False)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which timesteps a run chose. shares: percent of training -> share of each equal part of 0..end."""
+
+    label: str
+    end: int
+    shares: Mapping[float, Sequence[float]]
+
+
+def chosen_chart(found: Sequence[Chosen], name: str) -> Markup:
+    """A heat map each, one below the other: training from left to right, timesteps upwards."""
+    tall, head, foot = 120, 26, 42
+    height = len(found) * (tall + head + foot)
+    with _style(name):
+        figure = _figure(height)
+        for number, one in enumerate(found):
+            bottom = height - (number + 1) * (tall + head + foot) + foot
+            axes = figure.add_axes((54 / WIDTH, bottom / height, (WIDTH - 72) / WIDTH, tall / height))
+            figure.text(10 / WIDTH, (bottom + tall + 9) / height, _cut(one.label, 50), weight="bold")
+            grid = [list(row) for row in zip(*one.shares.values(), strict=True)]
+            extent = (0, max(one.shares), 0, one.end)
+            axes.imshow(
+                grid, aspect="auto", origin="lower", cmap="Blues", extent=extent, interpolation="nearest", vmin=0
+            )
+            axes.set(xlabel="training done, %", ylabel="timestep t", xlim=(0, 100))
+            axes.grid(False)
+        return _svg(figure, name)
+
+
 def curves_chart(panels: Mapping[str, Sequence[Curve]], unit: str, name: str) -> Markup:
     """A panel per student, one below the other; a curve of the same label has the same colour in all of them.
 

@@ -37,6 +37,7 @@ MEASURES = {
 COUNTED = {"linear_probe": "linear probe", "knn": "k-NN"}  # names that end in a number of labels
 WORDS = {
     "top1": "top-1",
+    "top1_six_views": "top-1 over six views",
     "top5": "top-5",
     "agreement": "agreement with the teacher",
     "ece": "calibration error",
@@ -51,6 +52,10 @@ MEANING = {
     "linear_probe": "Linear probe: the network is frozen and the simplest classifier learns from its output.",
     "knn": "k-NN: the class of the most similar labelled image.",
     "top1": "Top-1: the network's own last layer names the image.",
+    "top1_six_views": (
+        "Top-1 over six views: its answers to the image, to two shifts of it by a pixel and to their mirror images are "
+        "averaged first."
+    ),
     "top5": "Top-5: the right name is among its first five.",
     "agreement": "Agreement: how often it gives the name that its teacher gives, right or wrong.",
     "ece": "Calibration error: how far the certainty it claims is from how often it is right; lower is better.",

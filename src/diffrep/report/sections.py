@@ -22,6 +22,9 @@ LOGGED = {
     "tokenizer": {"mse": "mean squared error"},
     "token_predictor": {"masked_top1": "% of hidden tokens named"},
     "addp": {"loss": "loss"},
+    "clean_input": {"loss": "minus cosine"},
+    "mixing": {"loss": "loss"},
+    "contrastive": {"loss": "loss"},
 }
 SHARES = ("agreement", "masked_top1", "codes_used")  # logged as parts of one, shown in percent
 KINDS = {
@@ -32,6 +35,9 @@ KINDS = {
     "tokenizer": "tokenizer",
     "token_predictor": "token predictor (MAGE)",
     "addp": "ADDP",
+    "clean_input": "clean-input extractor (CleanDIFT)",
+    "mixing": "learned mix of features",
+    "contrastive": "self-supervised learning (SimCLR)",
     "probe": "probe of a diffusion model",
     "features": "stored features",
     "synthesis": "drawn images",
@@ -56,6 +62,10 @@ CURVE_WORDS = {
     "rest of the tokens in sight. Several tokens often fit one place, so it stays far below 100.",
     ("addp", "loss"): "How far ADDP's guess at the hidden tokens, from pixels, is from what the token predictor says "
     "of them (cross-entropy). It cannot reach zero: the predictor itself is unsure.",
+    ("clean_input", "loss"): "How well the extractor gives from a clean image what the diffusion model has of a noised "
+    "one: minus the cosine of their features, so -1 is the best there can be.",
+    ("mixing", "loss"): "Cross-entropy of the mixed features' classifier on the labelled training images.",
+    ("contrastive", "loss"): "How hard it still is to find a view's partner among all views of a batch (NT-Xent).",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffrep.report import made, networks, results, sections, sets, sweeps, teachers
+from diffrep.report import choices, made, networks, results, sections, sets, sweeps, teachers, worth
 from diffrep.report.arms import arms_blocks, middle_noise
 from diffrep.report.findings import findings
 from diffrep.report.headline import headline
@@ -21,12 +21,14 @@ def study_page(study: Study) -> Page:
         Section("", [*_waiting(study), *headline(first), *arms_blocks(first, "arms")]),
         *(_contest(one) for one in others),
         *sweeps.sweeps(study),
+        worth.worth((study.result or {}).get("worth_labels") or (), {arm.name: arm.label for arm in study.arms}),
         teachers.samples(study.entries),
         sets.drawn_sets(study.entries),
         made.made_images([*study.arms, *(e for e in study.entries if e not in study.arms)], study.entries),
         networks.networks(study.entries),
         *(teachers.sweep(probe, taps) for probe in probes),
         teachers.policies(study.entries, probes[0] if probes else None),
+        choices.choices(study.entries),
         results.results(study),
         findings(study),
         results.labels(study),

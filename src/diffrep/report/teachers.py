@@ -130,16 +130,18 @@ def looks(entry: Entry) -> pictures.Looks | None:
     )
 
 
+POLICY = (
+    "A policy is a small network that picks, for each image, the timestep whose features the student should imitate. "
+    "It is rewarded when a small classifier can name the image from those features. It begins without a preference; a "
+    "bonus for trying everything fades while it learns."
+)
+
+
 def policies(entries: Sequence[Entry], sweep_entry: Entry | None = None) -> Section | None:
     """Where learned policies look, over time."""
     found = [(entry, one) for entry in entries if (one := looks(entry)) is not None]
     if not found:
         return None
-    text = (
-        "A policy is a small network that picks, for each image, the timestep whose features the student should "
-        "imitate. It is rewarded when a small classifier can name the image from those features. It begins without a "
-        "preference; a bonus for trying everything fades while it learns."
-    )
     caption = (
         "Left: the average probability of each timestep while training goes on, darker is more. Right: the last "
         "value logged."
@@ -147,7 +149,7 @@ def policies(entries: Sequence[Entry], sweep_entry: Entry | None = None) -> Sect
     chart = pictures.policy_chart([one for _, one in found])
     said = [(entry.label, look_sentence(entry, one, sweep_entry)) for entry, one in found]
     alt = " ".join(f"{label}: {sentence}" for label, sentence in said)
-    return Section("Where the policy looks", [Text(text), Picture(alt, caption, chart), Notes(said)])
+    return Section("Where the policy looks", [Text(POLICY), Picture(alt, caption, chart), Notes(said)])
 
 
 def early_mass(probs: Sequence[float], timesteps: Sequence[int]) -> float:

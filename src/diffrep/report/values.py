@@ -10,7 +10,7 @@ from typing import Any
 
 STAGE = "stage:"
 BEFORE_STAGE = ("random:", "classifier:", "synthetic:")  # what may stand before a reference to a stage
-CLASSIFIER = ("top1", "top5", "agreement", "ece", "best_top1")  # scores of a network's own last layer
+CLASSIFIER = ("top1", "top1_six_views", "top5", "agreement", "ece", "best_top1")  # scores of a network's own last layer
 SILENT = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs")  # change no result
 NO_SCORE = ("test_images",)  # stands among the scores and is none
 
