@@ -18,7 +18,10 @@ from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
 
 DEBUG = [name for name in RECIPES if name.endswith("_debug") and isinstance(RECIPES[name](), Recipe)]
-EXPORTED = {"denoiser": "pipeline/unet/diffusion_pytorch_model.safetensors"}  # others: weights.safetensors
+EXPORTED = {  # others: weights.safetensors
+    "denoiser": "pipeline/unet/diffusion_pytorch_model.safetensors",
+    "mixing": "mix/weights.safetensors",
+}
 
 
 def losses(run):

@@ -30,9 +30,12 @@ from diffrep.evaluation.classify import classifier_scores, load_student, student
 from diffrep.files import locked
 from diffrep.methods.addp import ADDP
 from diffrep.methods.base import Method
+from diffrep.methods.clean_input import CleanInput
+from diffrep.methods.contrastive import Contrastive
 from diffrep.methods.denoiser import Denoiser
 from diffrep.methods.dmkd import DMKD
 from diffrep.methods.finetune import Finetune
+from diffrep.methods.mixing import Mixing
 from diffrep.methods.repfusion import RepFusion
 from diffrep.methods.token_predictor import TokenPredictorMethod
 from diffrep.methods.tokenizer import TokenizerMethod
@@ -46,11 +49,14 @@ from diffrep.training.trainer import Trainer
 METHODS = {
     "repfusion": RepFusion,
     "finetune": Finetune,
+    "contrastive": Contrastive,
     "denoiser": Denoiser,
     "dmkd": DMKD,
     "tokenizer": TokenizerMethod,
     "token_predictor": TokenPredictorMethod,
     "addp": ADDP,
+    "clean_input": CleanInput,
+    "mixing": Mixing,
 }
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
 

@@ -1,5 +1,6 @@
 """Properties of the enumerable views: pytest tests/data/test_transforms.py"""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
 
-TEXTS = ("none", "flip", "shift:1", "shift:3", "crop_flip:1", "crop_flip:2")
+TEXTS = ("none", "flip", "shift:1", "shift:3", "crop_flip:1", "crop_flip:2", "alternate_flip", "alternate_flip:2")
 texts = st.sampled_from(TEXTS)
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.int64])
@@ -31,7 +32,10 @@ def shifted(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return rolled * inside
 
 
-@pytest.mark.parametrize(("text", "count"), [("none", 1), ("flip", 2), ("shift:2", 25), ("crop_flip:4", 162)])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("none", 1), ("flip", 2), ("shift:2", 25), ("crop_flip:4", 162), ("alternate_flip", 2), ("alternate_flip:2", 50)],
+)
 def test_number_of_views(text, count):
     assert augmentation(text).num_views == count and augmentation(text).text == text
 
@@ -71,6 +75,19 @@ def test_crop_flip_is_the_mirrored_shift(seed):
     assert torch.equal(both.apply(images, view + 25), shift.apply(images, view).flip(-1))
 
 
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.integers(1, 5))
+def test_an_alternating_flips_shift_is_a_crop_of_reflect_padding(seed, reach):
+    image, augment = some_images(seed, 1), augmentation(f"alternate_flip:{reach}")
+    padded = numpy.pad(image[0].numpy(), ((0, 0), (reach, reach), (reach, reach)), mode="reflect")
+    offsets = [0, *(sign * k for k in range(1, reach + 1) for sign in (1, -1))]
+    corners = [(reach - down, reach - right) for down in offsets for right in offsets]
+    expected = numpy.stack([padded[:, top : top + 6, left : left + 7] for top, left in corners])
+    half = augment.num_views // 2
+    shown = augment.apply(image.expand(augment.num_views, -1, -1, -1), torch.arange(augment.num_views))
+    assert numpy.array_equal(shown[:half], expected) and numpy.array_equal(shown[half:], expected[..., ::-1])
+
+
 @settings(deadline=None, max_examples=30)
 @given(texts, seeds)
 def test_a_row_does_not_depend_on_the_batch(text, seed):
@@ -107,7 +124,7 @@ def test_number_of_views_of_what_is_joined(text, count):
         "", "flop", "shift", "shift:0", "shift:-1", "shift:1.5", "crop_flip:x", "Flip", "flip:1", "resized_crop",
         "resized_crop:0", "resized_crop:1000001", "mixup:1000001", "mixup:1e3", "cutmix", "cutmix:01", "shift:100000",
         "flip+", "+mixup:2", "flip+flip", "mixup:2+cutmix:2", "cutmix:2+flip", "none+mixup:2", "mixup:2+mixup:2",
-        "flip+shift:1", "flip+mixup:2+cutmix:2", "flip + mixup:2", "flip+none",
+        "alternate_flip:0", "alternate_flip:", "flip+shift:1", "flip+mixup:2+cutmix:2", "flip + mixup:2", "flip+none",
     ],
 )  # fmt: skip
 def test_unknown_text_is_refused_with_what_is_valid(text):

@@ -206,3 +206,53 @@ def test_the_export_rebuilds_the_student_in_timm(tmp_path):
     x = method.student.normalise(images())
     torch.testing.assert_close(again(x), method.student.eval()(images()))
     assert StudentConfig.model_validate(card["student"]) == CONV and card["num_features"] == 256
+
+
+FAST = StudentConfig(name="fast_cnn", options={"widths": [8, 8, 8]}, mean=(0.3,), std=(0.2,))
+
+
+def fast(**settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Finetune(FinetuneConfig(student=FAST, **settings), 3, 16)
+
+
+def shown(count=6):
+    pixels = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    return Batch(pixels, torch.arange(count) % 3, torch.arange(count))
+
+
+def test_a_network_that_whitens_is_shown_normalised_images_once(tmp_path):
+    method = fast()
+    method.prepare([shown(), shown(2)])
+    answers = method.student.backbone.stem(method.student.normalise(torch.cat([shown().images, shown(2).images])))
+    moments = answers.transpose(0, 1).flatten(1)[:12]
+    torch.testing.assert_close(moments @ moments.T / moments.shape[1], torch.eye(12), atol=0.01, rtol=0)
+    built().prepare(iter(()))  # others look at nothing
+    method.export(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    again = fast(init=str(tmp_path))
+    before = again.student.backbone.stem.weight.clone()
+    again.prepare([shown(3)])
+    assert torch.equal(again.student.backbone.stem.weight, before)
+    assert torch.equal(before, method.student.backbone.stem.weight)
+
+
+def test_the_stem_stops_learning_when_it_is_told():
+    method = fast(stem_until=0.375)
+    assert not method.uses_all_parameters and fast().uses_all_parameters
+    stem = method.student.backbone.stem.bias
+    for progress, learns in ((0.0, True), (0.374, True), (0.375, False), (0.9, False), (0.1, True)):
+        method.zero_grad()
+        method(shown(), Rows(torch.Generator(), 6), progress)["loss"].backward()
+        assert (stem.grad is not None) == learns
+    with pytest.raises(UserError, match="stem_until: conv_small has no whitening stem"):
+        built(stem_until=0.5)
+
+
+def test_a_network_with_parts_of_its_own_names_them():
+    method = fast()
+    parts = method.parameter_groups()
+    assert list(parts) == ["student", "biases", "head"]
+    trained = {id(p) for p in method.parameters() if p.requires_grad}
+    assert sorted(id(p) for part in parts.values() for p in part) == sorted(trained)

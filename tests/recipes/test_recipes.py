@@ -20,8 +20,10 @@ from diffrep.frozen.answers import store_settings
 from diffrep.frozen.classifier import ClassifierConfig, load_classifier
 from diffrep.frozen.generator import DiffusionGenerator
 from diffrep.frozen.teachers import load_teacher
+from diffrep.methods.base import save_student
 from diffrep.methods.synthesis import Synthesis
 from diffrep.methods.token_predictor import mage_counts
+from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
 from diffrep.recipes import RECIPES, dmkd_cifar10, dmkd_rows, quickstart
 from diffrep.recipes.base import Recipe, Study, recipe_hash, references, replace_strings, to_yaml
@@ -89,9 +91,12 @@ def learns(task, pipeline):
     size = 32 if task.data.image_size or "cifar" in told or "imagenet" in told else 8
     assert augmentation(task.data.augment).reach < size
     changes = {"teacher": teacher_of(task, pipeline, size), "features": None, "init": None, "answers": None}
+    changes |= {"taps": ("mid_block", "up_blocks.1")} if task.method.kind == "mixing" else {}  # of the small network
+    changes |= {"taps": ("up_blocks.0", "up_blocks.1")} if task.method.kind == "clean_input" else {}
     method = task.method.model_copy(update={k: v for k, v in changes.items() if k in type(task.method).model_fields})
     built = METHODS[method.kind](method, 10, size).train()
     count = 3 if getattr(task.method, "loss", None) == "rkd" else 2  # relations are among three
+    built.check_data("", task.data.augment, count)  # crd makes room for as many images
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     shown = Batch(images, torch.arange(count), torch.arange(count), torch.zeros(count, dtype=torch.int64))
     loss = built(shown, Rows(torch.Generator().manual_seed(0), count), 0.0)["loss"]
@@ -105,6 +110,8 @@ def teacher_of(task, pipeline, size):
     if task.method.kind == "dmkd":
         return JUDGE
     place, _, said = str(getattr(task.method, "teacher", "")).partition("?")
+    if place.startswith("classifier:"):
+        return f"classifier:{classifier_run(pipeline().parent / 'classifier')}"
     if Path(place).name in OFFICIAL:
         return f"{saved(OFFICIAL[Path(place).name](), pipeline().parent / Path(place).name)}?{said}"
     if str(getattr(task.method, "tap", "")).startswith("middle_block"):
@@ -114,6 +121,17 @@ def teacher_of(task, pipeline, size):
 
 
 OFFICIAL = {"tiny_adm.pt": guided_unet, "tiny_dit.pt": tiny_dit}
+
+
+def classifier_run(folder):
+    """What a finished fine-tuning of ResNet-20 leaves, untrained."""
+    if not (folder / "result.json").exists():
+        folder.mkdir()
+        student = Student(StudentConfig(name="resnet20_cifar"), 10)
+        student.try_out(32)
+        save_student(folder, student)
+        (folder / "result.json").write_text("{}")
+    return folder
 
 
 def diffusion_of(pipeline, size):
@@ -374,7 +392,7 @@ def test_overrides_of_a_study_may_begin_with_a_stage():
         ("optim.lr=-1", ["optim.lr = -1: Input should be greater than 0"]),
         ("optim.lr=fast", ["optim.lr = 'fast': Input should be a valid number"]),
         ("optim.lr=.inf", ["--set optim.lr=.inf: inf is no finite number"]),
-        ("optim.name=adamm", ["optim.name = 'adamm': Input should be 'adamw', 'adam' or 'sgd'"]),
+        ("optim.name=adamm", ["optim.name = 'adamm': Input should be 'adamw', 'adam', 'sgd' or 'muon'"]),
         ("train.steps=2.5", ["train.steps = 2.5: Input should be a valid integer"]),
         ("train.steps=[2]", ["train.steps = [2]: Input should be a valid integer"]),
         ("seed=-1", ["seed = -1: Input should be greater than or equal to 0"]),

@@ -38,8 +38,19 @@ class Feed:
         chosen = cycle(self.seed, "labelled order", len(self.labelled), step * self.num_labelled, self.num_labelled)
         return torch.cat([self.labelled[chosen], order])
 
+    def epoch(self, step: int) -> Tensor:
+        """(B,) int64, how often each row's image was shown before: by its own cycle, the labelled or the other."""
+        rest = self.batch_size - self.num_labelled
+        order = (step * rest + torch.arange(rest)) // len(self.images)
+        if not self.num_labelled or self.labelled is None:
+            return order
+        chosen = (step * self.num_labelled + torch.arange(self.num_labelled)) // len(self.labelled)
+        return torch.cat([chosen, order])
+
     def view(self, step: int) -> Tensor:
         """(B,) int64, the augmentation's view of each row."""
+        if self.augmentation.alternates:
+            return self.augmentation.scheduled(self.seed, self.index(step), self.epoch(step))
         rng = stream(self.seed, "view", step)
         return torch.randint(0, self.augmentation.num_views, (self.batch_size,), generator=rng)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from diffrep.config import Config
@@ -24,6 +25,7 @@ class EvaluateConfig(Config):
 
     # features: linear probe and neighbours; classifier: top-1, top-5, calibration, agreement with the teacher
     protocol: Literal["features", "classifier"] = "features"
+    views: Literal[1, 6] = 1  # 6: classifier also says top1_six_views, of answers averaged over mirror image and shifts
     source: str | None = None  # data reference whose test split is read; None = the training data's own
     probe_labels: tuple[int, ...] = ()  # label counts of the linear probe; () = as many as training may read
     knn: int = Field(1, ge=1)  # neighbours
@@ -36,6 +38,12 @@ class EvaluateConfig(Config):
         if value is not None:
             parse(value)
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateConfig:
+        if self.views != 1 and self.protocol != "classifier":
+            raise ValueError("views 6 averages a classifier's answers: set protocol 'classifier'")
+        return self
 
     @field_validator("num_sampling_steps", mode="before")
     @classmethod
@@ -81,18 +89,37 @@ def classifier_scores(
     test: ImageSet,
     device: torch.device,
     teacher: Callable[[Tensor], Tensor] | None = None,
+    views: int = 1,
 ) -> dict[str, Any]:
     """Percentages: ``top1``, ``top5`` where there are more than five classes, ``ece`` and, with a teacher, how often
-    both give the same answer, ``agreement``."""
+    both give the same answer, ``agreement``. With six views also ``top1_six_views``."""
     assert test.labels is not None  # refused before training
     logits, labels = outputs(classifier, test, device), test.labels.cpu()
     scores = {"top1": probe.accuracy(logits.argmax(1), labels)}
+    if views == 6:
+        averaged = outputs(lambda images: six_views(classifier, images), test, device)
+        scores["top1_six_views"] = probe.accuracy(averaged.argmax(1), labels)
     if logits.shape[1] > 5:
         scores["top5"] = 100 * float((logits.topk(5, 1).indices == labels[:, None]).any(1).float().mean())
     if teacher is not None:
         scores["agreement"] = probe.accuracy(logits.argmax(1), outputs(teacher, test, device).argmax(1))
     scores["ece"] = calibration_error(logits, labels)
     return {name: round(score, 3) for name, score in scores.items()} | {"test_images": len(test)}
+
+
+def six_views(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Answers averaged over the image, the image a pixel up and left and down and right, and their mirror images.
+
+    The image in its place counts as much as both shifted ones; what a shift brings in is reflected.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, k : k + height, k : k + width] for k in (0, 2)]
+    shares = ((0.5, images), (0.25, shifted[0]), (0.25, shifted[1]))
+    return torch.stack([share / 2 * classifier(x) + share / 2 * classifier(x.flip(-1)) for share, x in shares]).sum(0)
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -12,8 +12,10 @@ from diffrep.diffusion.schedules import schedule_from_diffusers
 from diffrep.errors import UserError
 from diffrep.files import located
 from diffrep.frozen import dit, edm, official, text_unet
+from diffrep.frozen.clean import is_extractor, load_extractor
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
+from diffrep.frozen.mixed import is_mix, load_mix
 from diffrep.frozen.references import SourceOptions, split_reference
 from diffrep.frozen.supervised import load_supervised
 from diffrep.models import dit_files, guided_files
@@ -44,6 +46,10 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
     if kind == "classifier":
         return load_supervised(rest, allow_code)
     place, options = split_reference(reference)
+    if is_mix(place):
+        return load_mix(place, options, lambda mixed: load_teacher(mixed, allow_code))
+    if is_extractor(place):
+        return load_extractor(place, options, lambda original: load_teacher(original, allow_code))
     found = opened(place)
     teacher = official.load(found, options) if found.path.is_file() else _from_folder(found, options)
     if options.label is not None:

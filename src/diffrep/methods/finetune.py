@@ -6,6 +6,7 @@ nothing frozen). Deviation: loading is strict; what is missing or does not fit i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ class FinetuneConfig(MethodConfig):
     init_skip: tuple[str, ...] = ()  # tensors of init that are left there, e.g. conv1.weight of another stem
     head_first: float = Field(0.0, ge=0, lt=1)  # share of the steps in which only the head learns
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    stem_until: float = Field(1.0, ge=0, le=1)  # share of the steps in which the bias of a whitening stem learns
 
     def label_readers(self) -> tuple[str, ...]:
         return ("student",)
@@ -47,7 +49,8 @@ class Finetune(Method):
         super().__init__()
         self.config = config
         self.student = Student(config.student, num_classes)
-        self.uses_all_parameters = config.head_first == 0
+        self._stem_can_stop()
+        self.uses_all_parameters = config.head_first == 0 and config.stem_until == 1
         self.loaded = load_backbone(self.student, Path(config.init), config.init_skip) if config.init else None
         self.student.try_out(image_size)
         if config.init:
@@ -57,9 +60,21 @@ class Finetune(Method):
             seen = start.get("labels_seen", {}) | start.get("labels_behind", {})
             self.labels_behind = {f"before: {part}": n for part, n in seen.items()}
 
+    def _stem_can_stop(self) -> None:
+        if self.config.stem_until < 1 and not hasattr(self.student.backbone, "stem_learns"):
+            raise UserError(f"method.stem_until: {self.config.student.name} has no whitening stem; fast_cnn has")
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """A network that begins with whitening sees training images; one that goes on from a run brings it along."""
+        whiten = getattr(self.student.backbone, "whiten", None)
+        if whiten is not None and not self.config.init:
+            whiten(torch.cat([self.student.normalise(batch.images) for batch in batches]))
+
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None  # refused by the recipe
         known = batch.labels >= 0
+        if self.config.stem_until < 1:
+            self.student.backbone.stem_learns = progress < self.config.stem_until
         if progress < self.config.head_first:
             logits = self.student.backbone.get_classifier()(self._frozen_vector(batch.images))
         else:
@@ -80,6 +95,8 @@ class Finetune(Method):
         return vector
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        if own := getattr(self.student.backbone, "rate_parts", None):
+            return own()
         head = {id(p) for p in self.student.backbone.get_classifier().parameters()}
         parameters = list(self.student.parameters())
         return {

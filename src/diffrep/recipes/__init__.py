@@ -7,15 +7,20 @@ from collections.abc import Callable
 from diffrep.recipes import (
     addp,
     addp_released,
+    baselines,
+    clean_input,
     denoiser,
     dmkd,
     dmkd_cifar10,
     dmkd_cifar100,
     dmkd_imagenet,
     dmkd_more,
+    fast,
     finetune,
+    mixing,
     quickstart,
     repfusion,
+    repfusion_cifar10,
     repfusion_rows,
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
@@ -24,6 +29,7 @@ ROOMS = (
     quickstart,
     denoiser,
     repfusion,
+    repfusion_cifar10,
     repfusion_rows,
     dmkd,
     dmkd_cifar10,
@@ -33,5 +39,9 @@ ROOMS = (
     addp,
     addp_released,
     finetune,
+    clean_input,
+    fast,
+    baselines,
+    mixing,
 )
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

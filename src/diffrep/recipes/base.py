@@ -23,9 +23,12 @@ from diffrep.frozen.answers import AnswerConfig
 from diffrep.frozen.classifier import ClassifierConfig
 from diffrep.frozen.features import FeatureConfig
 from diffrep.methods.addp import ADDPConfig
+from diffrep.methods.clean_input import CleanInputConfig
+from diffrep.methods.contrastive import ContrastiveConfig
 from diffrep.methods.denoiser import DenoiserConfig
 from diffrep.methods.dmkd import DMKDConfig
 from diffrep.methods.finetune import FinetuneConfig
+from diffrep.methods.mixing import MixingConfig
 from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.methods.token_predictor import TokenPredictorMethodConfig
@@ -39,11 +42,14 @@ NAME = r"^[a-z][a-z0-9_]{0,79}$"
 MethodConfig = Annotated[
     RepFusionConfig
     | FinetuneConfig
+    | ContrastiveConfig
     | DenoiserConfig
     | DMKDConfig
     | TokenizerConfig
     | TokenPredictorMethodConfig
-    | ADDPConfig,
+    | ADDPConfig
+    | CleanInputConfig
+    | MixingConfig,
     Field(discriminator="kind"),
 ]
 
@@ -130,6 +136,12 @@ class Recipe(Listed):
             )
         if self.method.kind == "repfusion" and self.method.loss == "rkd" and self.train.batch_size < 3:
             raise ValueError("loss 'rkd' compares images in threes: train.batch_size is at least 3")
+        together = min(self.train.batch_size, self.train.micro_batch_size or self.train.batch_size)
+        if self.method.kind == "contrastive" and not 2 <= self.train.batch_size == together:
+            raise ValueError(
+                "method 'contrastive' compares all images of a batch: train.batch_size is at least 2, and "
+                "train.micro_batch_size null"
+            )
         if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
             raise ValueError(
                 "method.features replays a list of timesteps; timestep.select 'range' needs the teacher itself"

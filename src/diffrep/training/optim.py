@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -11,6 +11,7 @@ from torch import nn
 
 from diffrep.config import Config
 from diffrep.errors import UserError, nearest
+from diffrep.training.muon import Muon
 
 
 class LrScheduleConfig(Config):
@@ -36,13 +37,14 @@ class LrScheduleConfig(Config):
 class OptimConfig(Config):
     """One optimiser for all parts of a method; parts may have rates of their own."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: for filters, sgd with nesterov for the rest
     lr: float | None = Field(None, gt=0)  # the rate used
     base_lr: float | None = Field(None, gt=0)  # rate per 256 images: lr = base_lr x batch_size / 256
     group_lr: dict[str, float] = {}  # factor on the rate by part, e.g. {"policy": 1.5}
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)  # muon: divided by the group's rate, so a share per step; filters have none
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
-    momentum: float = Field(0.9, ge=0, lt=1)  # sgd
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd, and muon of what is no filter
+    filter_momentum: float = Field(0.6, ge=0, lt=1)  # muon
     nesterov: bool = False  # sgd
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
 
@@ -70,7 +72,7 @@ def optimiser(config: OptimConfig, groups: dict[str, list[nn.Parameter]], batch_
     if unknown:
         raise UserError(f"optim.group_lr: the method has no part '{unknown[0]}'; {nearest(unknown[0], groups)}")
     rate = config.rate(batch_size)
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"params": params, "lr": 0.0, "peak_lr": rate * config.group_lr.get(name, 1.0), "name": name}
         for name, params in groups.items()
         if params
@@ -79,6 +81,10 @@ def optimiser(config: OptimConfig, groups: dict[str, list[nn.Parameter]], batch_
         return torch.optim.SGD(
             parts, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
         )
+    if config.name == "muon":
+        for part in parts:
+            part["weight_decay"] = config.weight_decay / part["peak_lr"] if part["peak_lr"] else 0.0
+        return Muon(parts, config.momentum, config.filter_momentum)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(parts, betas=config.betas, weight_decay=config.weight_decay)
 
