@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp evidence-probe docs clean
+.PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp evidence-probe \
+	evidence-repfusion docs clean
 
 quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -47,6 +48,10 @@ evidence-addp: $(VENV)/.ready  ## the third road on digits, three seeds: about t
 
 evidence-probe: $(VENV)/.ready  ## taps and noise levels on CIFAR-10, and the search (needs $$DIFFREP_DATA): half an hour
 	$(BIN)/python -m benchmarks.evidence_probe
+
+evidence-repfusion: $(VENV)/.ready  ## the first road on CIFAR-10, three seeds (needs $$DIFFREP_DATA): about two hours
+	$(BIN)/diffrep run repfusion_cifar10_small --record docs/results/data --out runs/evidence-repfusion
+	$(BIN)/python -m benchmarks.evidence
 
 docs: $(VENV)/.ready  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

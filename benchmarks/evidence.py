@@ -161,8 +161,10 @@ def main() -> None:
     from benchmarks.evidence_addp import addp_page  # which build on this page
     from benchmarks.evidence_dmkd import dmkd_page
     from benchmarks.evidence_probe import probe_page
+    from benchmarks.evidence_repfusion import repfusion_page
 
-    for name, page in (("dmkd", dmkd_page()), ("addp", addp_page()), ("probe", probe_page())):
+    pages = {"repfusion": repfusion_page(), "dmkd": dmkd_page(), "addp": addp_page(), "probe": probe_page()}
+    for name, page in pages.items():
         if page:
             (RESULTS / f"{name}.md").write_text(page)
     study = Path("runs/evidence-quickstart")

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffrep.data.datasets import DataConfig
 from diffrep.evaluation.classify import EvaluateConfig
-from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
+from diffrep.methods.repfusion import PairConfig, RepFusionConfig, TimestepConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Recipe
 from diffrep.training.optim import OptimConfig
@@ -61,6 +61,51 @@ def repfusion_dit_debug() -> Recipe:
     return _two_steps("repfusion_dit_debug", teacher, "a DiT file", needs, "blocks.0")
 
 
+# One debug twin for each way of comparing that the recipes of recipes/repfusion_rows.py use, and for what goes beyond.
+
+
+def repfusion_at_debug() -> Recipe:
+    """Two steps of attention transfer, whole maps."""
+    return _compared("at", "attention transfer", hint_grid=None, standardise="none", kd_weight=1000.0)
+
+
+def repfusion_rkd_debug() -> Recipe:
+    """Two steps of relational distillation."""
+    return _compared("rkd", "relations of images", hint_grid=1, standardise="none")
+
+
+def repfusion_dense_debug() -> Recipe:
+    """Two steps of the dense hint of CelebA-HQ's recipes: L1, whole maps, the cleanest timestep."""
+    clean = TimestepConfig(select="fixed", values=(0,))
+    return _compared("l1", "a dense hint", twin="dense", hint_grid=None, standardise="none", timestep=clean)
+
+
+def repfusion_crd_debug() -> Recipe:
+    """Two steps of contrast with a memory of all images."""
+    return _compared("crd", "a memory of all images (CRD)", negatives=64)
+
+
+def repfusion_pairs_debug() -> Recipe:
+    """Two steps with two tap pairs, each bound to a range of timesteps of its own."""
+    inner = PairConfig(tap="mid_block", student_tap="layer1")
+    ranges = TimestepConfig(select="ranges", values=(0, 100, 400))
+    return _compared("l2", "two tap pairs", twin="pairs", more_pairs=(inner,), timestep=ranges, standardise="joint")
+
+
+def _compared(loss: str, what: str, twin: str | None = None, **changes: Any) -> Recipe:
+    base = repfusion_debug()
+    method = RepFusionConfig.model_validate(base.method.model_dump() | {"loss": loss, **changes})
+    learns = method.timestep.select == "policy"
+    return base.model_copy(
+        update={
+            "name": f"repfusion_{twin or loss}_debug",
+            "about": f"Two steps with {what}.",
+            "method": method,
+            "optim": base.optim if learns else OptimConfig(lr=2e-3),
+        }
+    )
+
+
 def _two_steps(name: str, teacher: str, what: str, needs: str, tap: str | None = None) -> Recipe:
     base = repfusion_digits_conv()
     assert isinstance(base.method, RepFusionConfig)
@@ -81,4 +126,9 @@ RECIPES = (
     repfusion_debug,
     repfusion_adm_debug,
     repfusion_dit_debug,
+    repfusion_at_debug,
+    repfusion_rkd_debug,
+    repfusion_dense_debug,
+    repfusion_crd_debug,
+    repfusion_pairs_debug,
 )
