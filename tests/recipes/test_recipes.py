@@ -15,6 +15,7 @@ from diffrep.assemble import METHODS
 from diffrep.data.batch import Batch
 from diffrep.data.transforms import augmentation
 from diffrep.diffusion.masking import masked_after
+from diffrep.diffusion.selection import TimestepConfig
 from diffrep.errors import UserError
 from diffrep.frozen.answers import store_settings
 from diffrep.frozen.classifier import ClassifierConfig, load_classifier
@@ -91,6 +92,7 @@ def learns(task, pipeline):
     size = 32 if task.data.image_size or "cifar" in told or "imagenet" in told else 8
     assert augmentation(task.data.augment).reach < size
     changes = {"teacher": teacher_of(task, pipeline, size), "features": None, "init": None, "answers": None}
+    changes |= in_place_of_stages(task.method)
     changes |= {"taps": ("mid_block", "up_blocks.1")} if task.method.kind == "mixing" else {}  # of the small network
     changes |= {"taps": ("up_blocks.0", "up_blocks.1")} if task.method.kind == "clean_input" else {}
     method = task.method.model_copy(update={k: v for k, v in changes.items() if k in type(task.method).model_fields})
@@ -104,6 +106,14 @@ def learns(task, pipeline):
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in built.parameters())
     unknown = set(task.optim.group_lr) - set(built.parameter_groups())
     assert not unknown, unknown
+
+
+def in_place_of_stages(method):
+    """What a probe would have found, and a tap of the small network for that of a learned mix."""
+    found = {}
+    if getattr(getattr(method, "timestep", None), "select", "") == "probed":
+        found["timestep"] = TimestepConfig(select="fixed", values=(50,))
+    return found | ({"tap": "up_blocks.1"} if getattr(method, "tap", "") == "descriptor" else {})
 
 
 def teacher_of(task, pipeline, size):
@@ -151,7 +161,7 @@ def has_taps(task, pipeline):
     part = task.features if task.kind == "features" else task.sweep
     network = load_teacher(diffusion_of(pipeline, 32 if "cifar" in task.data.source else 8))
     assert all(len(network.tap(tap).shape) == 3 for tap in part.taps)
-    assert max(part.timesteps) < network.num_train_timesteps
+    assert max(part.timesteps, default=0) < network.num_train_timesteps
 
 
 def draws(task, pipeline):
@@ -401,7 +411,7 @@ def test_overrides_of_a_study_may_begin_with_a_stage():
         ("data.augment=shift:0", ["data.augment = 'shift:0'", "valid:"]),
         ("data.labels=null", ["labelled_share needs labels"]),
         ("optim.base_lr=1", ["give either lr or base_lr"]),
-        ("method.kind=finetun", ["method = ", "'repfusion', 'finetune', 'denoiser'"]),
+        ("method.kind=finetun", ["method = ", "'repfusion', 'finetune', 'contrastive'"]),
         ("format=2", ["the recipe is of format 2; this diffrep reads format 1"]),
         ("name=Capital", ["name = 'Capital'", "match pattern"]),
         ("name=../../etc", ["name = '../../etc'"]),
