@@ -225,7 +225,7 @@ def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device
     """Of the exported student; a diffusion model is judged by whoever learns from it."""
     student = getattr(parts.method, "student", None)
     if student is not None and recipe.evaluate.protocol == "classifier":
-        return _classifier(parts, run_dir, device)
+        return _classifier(recipe, parts, run_dir, device)
     if student is None or parts.train.labels is None:
         return {}
     counts = recipe.evaluate.probe_labels or (recipe.data.labels or len(parts.train),)
@@ -233,10 +233,11 @@ def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device
     return student_scores(student, parts.train, parts.test, counts, knn, label_seed(recipe), device)
 
 
-def _classifier(parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
+def _classifier(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
     """Of the last network, and of the one that held-out images chose, where there is one."""
     teacher = parts.method.judge if isinstance(parts.method, DMKD) else None
-    found = classifier_scores(parts.method.student.eval().to(device), parts.test, device, teacher)
+    student, views = parts.method.student.eval().to(device), recipe.evaluate.views
+    found = classifier_scores(student, parts.test, device, teacher, views)
     if best.known(run_dir) is None:
         return found
     chosen = classifier_scores(load_student(str(run_dir / best.BEST)).eval().to(device), parts.test, device)
@@ -303,7 +304,7 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
         trainer.step(step)
         times.append(time.process_time() - began)
     tensors = sum(p.numel() * p.element_size() for p in parts.method.parameters())
-    copies = 1 + {"sgd": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
+    copies = 1 + {"sgd": 1, "muon": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
     images = recipe.train.steps * recipe.train.batch_size
     return {
         "multiply_adds": multiply_adds_per_image(parts.method, parts.train.image_size[0]) * images,

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from diffrep import api
 from diffrep.assemble import multiply_adds_per_image
 from diffrep.data.datasets import DataConfig, ImageSet, load_data
 from diffrep.data.feed import Feed
@@ -61,6 +62,11 @@ def test_the_network_costs_what_the_published_run_does():
     """anchors.md 3.4: 0.29 PFLOP for 8 epochs of 50,000 images; a multiply-add is two."""
     each = multiply_adds_per_image(method([64, 256, 256]), 32)
     assert 2 * each * 8 * 50_000 == pytest.approx(0.29e15, rel=0.05)
+
+
+def test_a_run_says_both_scores(tmp_path):
+    scores = api.run("classifier_cifar10_fast_debug", out=tmp_path / "run")["scores"]
+    assert {"top1", "top1_six_views", "top5", "ece"} <= scores.keys()
 
 
 def noise():

@@ -292,6 +292,7 @@ def test_a_base_that_leads_in_a_circle_is_refused(tmp_path):
         ("base: finetune_debug\nseed: " + "9" * 5000, "is not a recipe: Exceeds the limit"),
         ("base: finetune_debug\nseed: 0x" + "f" * 5000, "seed: an integer of 20000 bits"),
         ('base: finetune_debug\nabout: "\\ud800"', "(a lone surrogate)"),
+        ("base: finetune_debug\nseed: '" + "9" * 300 + "'", "seed: a number of 300 digits"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_a_line(tmp_path, text, words):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def _shipped(name: str) -> dict[str, Any]:
 
 
 MAX_FILE_BYTES = 1 << 20
+LONG_NUMBER = re.compile(r"\s*[+-]?[\d_]{19,}(\.0*)?\s*")  # as text, which pydantic would still read as a number
 MAX_DEPTH = 32  # of mappings and lists in each other; a study needs 7
 
 
@@ -128,6 +130,8 @@ def _plain(value: Any, origin: str, path: tuple[str, ...] = ()) -> Any:
             _plain(inner, origin, (*path, str(number)))
     elif isinstance(value, int) and value.bit_length() > 63:
         raise UserError(f"{where}: an integer of {value.bit_length()} bits; at most 63 are read")
+    elif isinstance(value, str) and LONG_NUMBER.fullmatch(value):  # a field of numbers would read it as one
+        raise UserError(f"{where}: a number of {len(value.strip())} digits; at most 18 are read")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is no finite number")
     elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
