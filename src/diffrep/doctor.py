@@ -23,7 +23,7 @@ from diffrep.models.guided_unet import GuidedUNet, GuidedUNetConfig
 from diffrep.randomness import seeded
 
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
-EXTRAS |= {"onnx": "export", "onnxscript": "export"}
+EXTRAS |= {"onnx": "export", "onnxscript": "export", "lightly": "selfsup"}
 EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text", "torch_fidelity": "scores"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
 
