@@ -56,8 +56,8 @@ def training(name: str, source: str, method: dict, protocol: str = "classifier")
 
 
 def pupil(source: str, answers: str | None = None) -> dict:
-    method = {"kind": "dmkd", "teacher": {"reference": "stage:classifier"}, "answers": answers}
-    return training("pupil", source, method)
+    teacher, student = {"reference": "stage:classifier"}, {"name": "s"}  # smaller than its teacher
+    return training("pupil", source, {"kind": "dmkd", "teacher": teacher, "answers": answers, "student": student})
 
 
 def drawn(**sampling: object) -> dict:

@@ -9,7 +9,7 @@ import yaml
 from folders import CHROMIUM, on_a_phone, page, row, rows, words, write_folder
 from second_road import ARMS, pupil, recipe_of, result, stages, training, write_second_road
 
-from diffrep.recipes import base, dmkd
+from diffrep.recipes import base, dmkd, repfusion_cifar10
 from diffrep.report.build import write_figure
 from diffrep.report.findings import pairs
 from diffrep.report.reading import read_folder
@@ -209,3 +209,26 @@ def test_runs_of_the_second_road_side_by_side(study, tmp_path):
 def test_a_phone_shows_the_second_road_without_sideways_scrolling(seeds, tmp_path):
     width, console = on_a_phone(page([seeds], tmp_path)[0], tmp_path)
     assert width <= 390 and "CONSOLE" not in console
+
+
+def test_every_arm_of_the_first_roads_study_has_a_role():
+    found = repfusion_cifar10.repfusion_cifar10_small()
+    entries = [Entry(n, n, s.model_dump(mode="json")) for n, s in found.stages.items()]
+    roles = {e.name: role(e, entries) for e in entries if e.name in found.arms}
+    tuned = {name for name, word in roles.items() if word == "tuned"}
+    assert tuned == {name for name in roles if name.endswith("_tuned")}
+    assert {name: word for name, word in roles.items() if name not in tuned} == {
+        "scratch": "scratch",
+        "scratch_2000": "scratch",
+        "scratch_4000": "scratch",
+        "random": "random",
+        "supervised": "supervised",
+        "answers": "real",
+        "contrastive": "contrastive",
+        "uniform": "uniform_each",
+        "policy": "policy",
+        "fixed": "fixed",
+        "probed": "probed",
+        "clean": "clean",
+        "mixed": "mixed",
+    }

@@ -252,13 +252,22 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
         return "teacher" if started == "scratch" and _teaches(entry, entries) else started
     if entry.kind == "generation":
         return _walking(entry.recipe)
+    if entry.kind == "contrastive":
+        return "contrastive"
     if entry.kind not in ("repfusion", "dmkd"):
         return "other"
     if entry.recipe.get("train", {}).get("steps") == 0:
         return "untrained"
-    if any(text.startswith("random:") for text in _teachers(method, entries)):
+    teachers = _teachers(method, entries)
+    if any(text.startswith("random:") for text in teachers):
         return "random"
-    return source if entry.kind == "dmkd" else _looking(method)
+    if any(text.startswith("classifier:") for text in teachers):
+        return "supervised"
+    made = [MADE[e.kind] for e in entries if e.kind in MADE and e.name in references(teachers)]
+    return source if entry.kind == "dmkd" else (made or [_looking(method)])[0]
+
+
+MADE = {"clean_input": "clean", "mixing": "mixed"}  # teachers made of a diffusion model
 
 
 def _walking(recipe: Mapping[str, Any]) -> str:
@@ -272,7 +281,7 @@ def _looking(method: Mapping[str, Any]) -> str:
     """How a student of a diffusion model is given its timesteps."""
     select = method.get("timestep", {}).get("select")
     spread = "uniform_each" if method.get("standardise") == "per_timestep" else "uniform"
-    return {"policy": "policy", "fixed": "fixed"}.get(str(select), spread)
+    return {"policy": "policy", "fixed": "fixed", "probed": "probed"}.get(str(select), spread)
 
 
 def _teachers(method: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
@@ -283,6 +292,8 @@ def _teachers(method: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
 
 
 def _teaches(entry: Entry, entries: Sequence[Entry]) -> bool:
-    """Whether a student learns from what this classifier says."""
-    taught = [e.recipe.get("method", {}).get("teacher") for e in entries if e.kind == "dmkd"]
-    return entry.name in references(taught)
+    """Whether another kind of student learns from what this classifier says."""
+    own = entry.recipe["method"].get("student")
+    taught = [e.recipe["method"] for e in entries if e.kind == "dmkd"]
+    others = [method.get("teacher") for method in taught if method.get("student") != own]
+    return entry.name in references(others)
