@@ -55,7 +55,7 @@ ARMS = {
     "fixed": f"fixed t = {BEST}",
     "probed": "t that a probe found",
     "clean": "clean-input extractor",
-    "mixed": "learned mix of taps and t",
+    "mixed": "learned mix",
 }
 
 
@@ -66,9 +66,9 @@ def repfusion_cifar10_small() -> Study:
     stages |= {"probe": _probe(), "extractor": _extractor(), "mix": _mix()}
     for name, method in _teachings().items():
         stages |= {name: _imitates(method), f"{name}_tuned": _labelled(STEPS, init=name)}
-    tuned = {f"{name}_tuned": f"{words}, then fine-tuned" for name, words in ARMS.items() if name != "scratch"}
+    tuned = {f"{name}_tuned": words for name, words in ARMS.items() if name != "scratch"}
     more = {f"scratch_{count}": f"from scratch, {count:,} labels" for count in MORE_LABELS}
-    frozen = {name: f"{words}, frozen" for name, words in ARMS.items() if name != "scratch"}
+    frozen = {name: f"{words}; frozen" for name, words in ARMS.items() if name != "scratch"}
     return Study(
         name="repfusion_cifar10_small",
         about="ResNet-20 taught by a small diffusion model of CIFAR-10, 1,000 labels, and every control at one budget.",

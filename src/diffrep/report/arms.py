@@ -93,12 +93,18 @@ def arms_blocks(study: Study, chart: str) -> list[Block]:
     name = study.metric()
     if not name or not study.arms:
         return []
-    idea = "".join(text for kind, text in IDEAS.items() if any(arm.kind == kind for arm in study.arms))
+    idea = "".join(text for kind, text in IDEAS.items() if kind in _kinds(study))
     picture = Picture(arms_alt(study), _caption(study), pictures.arms_chart(arm_rows(study), axis_words(name), chart))
     way = "making images" if all(arm.kind == "generation" for arm in study.arms) else "training"
     said = f"{_score_explained(name)}Each row of the chart is one way of {way}, an arm."
     texts = [Text(idea.strip()), Text(said)] if idea and not measure(name).is_percent else [Text(f"{idea}{said}")]
     return [*texts, picture, *made.warnings(study.arms), *_rows_explained(study)]
+
+
+def _kinds(study: Study) -> set[str]:
+    """The ways of training among the arms; answers to real images alone are a control of another road, not one."""
+    drawn = any(role(arm, study.entries) == "drawn" for arm in study.arms)
+    return {arm.kind for arm in study.arms if arm.kind != "dmkd" or drawn}
 
 
 def _score_explained(name: str) -> str:
