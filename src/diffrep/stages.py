@@ -280,7 +280,7 @@ def _sweep(task: SweepTask, allow_code: bool, say: Say = lambda found: None) -> 
         write_json(run_dir / SWEEP, found["rows"])
         pair = yaml.safe_dump(best_recipe(found["best"], task.sweep), sort_keys=False)
         write_atomic(run_dir / BEST, f"# To be laid on a recipe of RepFusion: put a line 'base: RECIPE' above.\n{pair}")
-        return found
+        return found | {"teacher_sha256": made.teacher.sha256}
 
     return work
 

@@ -262,3 +262,9 @@ def test_a_channels_last_map_is_turned(monkeypatch):
 def test_a_student_that_does_not_take_the_images_is_refused_in_one_line(name, options):
     with pytest.raises(UserError, match="does not take 16-pixel images"):
         Student(StudentConfig(name=name, options=options)).try_out(16)
+
+
+def test_an_inner_map_as_wide_in_pixels_as_the_network_is_in_channels_stays_as_it_is():
+    """resnet20_cifar has 64 channels at its end, and its first maps of a 64-pixel image are 64 pixels wide."""
+    student = Student(StudentConfig(name="resnet20_cifar", tap="layer1")).eval()
+    assert student.feature_map(torch.zeros(2, 3, 64, 64)).shape == (2, 16, 64, 64)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffrep.data.batch import Batch
 from diffrep.data.datasets import DataConfig, ImageSet
+from diffrep.data.timm_views import TimmConfig, TimmViews
 from diffrep.data.transforms import augmentation
 from diffrep.randomness import cycle, stream
 
@@ -16,13 +17,21 @@ class Feed:
 
     images:   the split; a small one lives on the device as one uint8 tensor.
     labelled: (L,) positions whose labels this run may use; None: all that the source has.
+    timm: what timm does to the images of a step behind ``config.augment``; None: nothing.
     """
 
     def __init__(
-        self, images: ImageSet, config: DataConfig, batch_size: int, seed: int, labelled: Tensor | None
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        labelled: Tensor | None,
+        timm: TimmConfig | None = None,
     ) -> None:
         self.images, self.seed, self.batch_size, self.labelled = images, seed, batch_size, labelled
         self.augmentation = augmentation(config.augment)
+        self.timm = TimmViews(timm, batch_size, seed) if timm else None
         self.num_labelled = round((config.labelled_share or 0) * batch_size)
 
     def to(self, device: torch.device) -> None:
@@ -56,7 +65,11 @@ class Feed:
 
     def batch(self, step: int, rows: list[int], device: torch.device) -> Batch:
         """``rows`` of the global batch of ``step``, on ``device``."""
-        return self.gather(self.index(step)[rows], self.view(step)[rows], device)
+
+        def gather(these: list[int]) -> Batch:
+            return self.gather(self.index(step)[these], self.view(step)[these], device)
+
+        return self.timm.batch(step, rows, gather) if self.timm else gather(rows)
 
     def gather(self, index: Tensor, view: Tensor, device: torch.device) -> Batch:
         """These images in these views, (B, 3, H, W) float32 in [0, 1]."""
@@ -76,8 +89,11 @@ class Feed:
         )
 
     def sweep(self, block_size: int, device: torch.device, limit: int | None = None) -> list[Batch]:
-        """The first ``limit`` images in order, untouched by augmentation, as batches."""
+        """At most ``limit`` images in order, untouched by augmentation, as batches.
+
+        Fewer than all are spread evenly: a folder's first images are all of its first classes.
+        """
         total = min(len(self.images), limit or len(self.images))
-        starts = range(0, total, block_size)
-        positions = [torch.arange(s, min(s + block_size, total)) for s in starts]
+        spread = torch.arange(total) * len(self.images) // max(total, 1)
+        positions = [spread[start : start + block_size] for start in range(0, total, block_size)]
         return [self._batch(self.images.gather(p).to(device), p, torch.zeros_like(p), device) for p in positions]

@@ -5,17 +5,18 @@ Letters: A timesteps to choose from, B images.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
-import yaml
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.errors import UserError
+from diffrep.files import read_json
 
 LONGEST_SCHEDULE = 100_000  # timesteps; the teacher's own length is asked when it is loaded
 
@@ -90,24 +91,50 @@ class TimestepConfig(Config):
         return self.select == "policy" and self.reward in ("task", "least_squares")
 
 
-PROBED = "best.yaml"  # what a probe leaves of the pair it found
+@dataclass(frozen=True)
+class Probed:
+    """What a finished probe says: where and when to look, in which network, and how many labels told it so."""
+
+    folder: str
+    tap: str
+    timestep: int
+    noise: str | None
+    teacher_sha256: str | None
+    num_labels: int
+
+    def check(self, tap: str, noise: str | None, teacher_sha256: str) -> None:
+        """Refuse to take its timestep for another tap, another input or another teacher."""
+        where = f"method.timestep.probe: {self.folder}"
+        if self.tap != tap:
+            raise UserError(f"{where} found '{self.tap}', and method.tap is '{tap}'")
+        if self.noise != noise:
+            raise UserError(f"{where} looked with noise {self.noise or 'none'}, and method.noise is {noise or 'none'}")
+        if self.teacher_sha256 not in (None, teacher_sha256):
+            raise UserError(f"{where} looked into another network than method.teacher")
 
 
-def resolved(config: TimestepConfig, tap: str) -> TimestepConfig:
-    """The same with what a probe found in place of its folder; anything else stays as it is.
+def probed(folder: str) -> Probed:
+    """Read a finished probe.
 
     Raises:
-        UserError: no finished probe there, or its best is at another tap.
+        UserError: there is none.
     """
+    file = Path(folder) / "result.json"
+    found = read_json(file) if file.exists() else {}
+    if found.get("kind") != "probe":
+        raise UserError(f"method.timestep.probe: {folder} is no finished probe (no result.json of one)")
+    best, seen = found["best"], found.get("labels_seen", {})
+    noise, sha256 = found.get("noise"), found.get("teacher_sha256")
+    return Probed(folder, best["tap"], best["timestep"], noise, sha256, max(seen.values(), default=0))
+
+
+def resolved(config: TimestepConfig) -> tuple[TimestepConfig, Probed | None]:
+    """The same with what a probe found in place of its folder, and what was found; anything else stays as it is."""
     if config.probe is None:
-        return config
-    file = Path(config.probe) / PROBED
-    if not file.exists():
-        raise UserError(f"method.timestep.probe: {config.probe} is no finished probe (no {PROBED})")
-    best = yaml.safe_load(file.read_text())["method"]
-    if best["tap"] != tap:
-        raise UserError(f"method.timestep.probe: {config.probe} found '{best['tap']}', and method.tap is '{tap}'")
-    return config.model_copy(update={"select": "fixed", "values": tuple(best["timestep"]["values"]), "probe": None})
+        return config, None
+    found = probed(config.probe)
+    return config.model_copy(update={"select": "fixed", "values": (found.timestep,), "probe": None}), found
+
 
 
 BINS = 32  # of the log's histogram of chosen timesteps

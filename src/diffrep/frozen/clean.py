@@ -105,6 +105,8 @@ class CleanTeacher(DiffusionTeacher):
     Its taps are those of the original; the ones it was trained at are ``card.taps``.
     """
 
+    takes_noise = False
+
     def __init__(self, original: DiffusionTeacher, card: ExtractorCard, name: str) -> None:
         super().__init__(
             original.module,

@@ -34,6 +34,8 @@ class DiffusionTeacher(FrozenModule):
     call_options: further keywords for each call (diffusers: ``return_dict=False``).
     """
 
+    takes_noise = True  # whether it may be asked about noised images
+
     def __init__(
         self,
         module: nn.Module,

@@ -172,6 +172,7 @@ class FeatureStore:
         self.manifest = read_json(self.folder / stores.MANIFEST)
         self.timesteps: list[int] = self.manifest["timesteps"]
         self.teacher, self.licence = self.manifest["teacher"], self.manifest["licence"]
+        self.teacher_sha256: str = self.manifest["teacher_sha256"]
         self._held: dict[tuple[str, torch.device], Tensor] = {}
 
     def check(self, tap: str, grid: int | None) -> None:

@@ -33,11 +33,16 @@ class LiveHints:
         passes: PassConfig | None = None,
     ) -> None:
         self.network = load_teacher(reference, allow_code)
+        if noise is not None and not self.network.takes_noise:
+            raise UserError(f"method.noise: {self.network.name} reads clean images alone; leave it out")
+        for tap in taps:
+            if len(shape := self.network.tap(tap).shape) == 2:
+                raise UserError(f"tap '{tap}' of {self.network.name} gives {shape[0]} tokens, not a map (C, h, w)")
         self.network.run_as(passes or PassConfig())
         self.network.keep_only(taps)
         self.grid, self.noise = grid, noise
         self.channels = {tap: self.network.tap(tap).shape[0] for tap in taps}
-        self.name, self.licence = self.network.name, self.network.licence
+        self.name, self.licence, self.sha256 = self.network.name, self.network.licence, self.network.sha256
         self.labels_seen = self.network.labels_seen
 
     def check(self, timesteps: Sequence[int], image_size: int) -> None:
@@ -71,7 +76,7 @@ class StoredHints:
         for tap in taps:
             self.store.check(tap, grid)
         self.channels = {tap: self.store.channels(tap) for tap in taps}
-        self.name, self.licence = self.store.teacher, self.store.licence
+        self.name, self.licence, self.sha256 = self.store.teacher, self.store.licence, self.store.teacher_sha256
         self.labels_seen: dict[str, int] = self.store.manifest.get("teacher_labels_seen", {})
 
     def check(self, timesteps: Sequence[int], image_size: int) -> None:

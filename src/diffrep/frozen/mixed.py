@@ -73,6 +73,8 @@ class MixReader:
 class MixedTeacher(DiffusionTeacher):
     """The clean image -> its descriptor (B, D, g, g), the same at whatever timestep it is asked for."""
 
+    takes_noise = False
+
     def __init__(self, teacher: DiffusionTeacher, config: MixConfig, name: str, labels_seen: dict[str, int]) -> None:
         self.reader, self.teacher = MixReader(teacher, config), teacher
         self.mix = Mix(config, self.reader.channels)

@@ -29,6 +29,10 @@ class MethodConfig(Config):
         """The parts of training that look at labels, by the names a report prints."""
         return ()
 
+    def compares_images(self) -> tuple[str, int] | None:
+        """What holds the images of a batch against each other, in a user's words, and how many it takes."""
+        return None
+
 
 class Method(nn.Module):
     """One road. Subclasses are built from their own config and decide nothing about devices or data."""

@@ -48,6 +48,9 @@ class ContrastiveConfig(MethodConfig):
     temperature: float = Field(0.5, ge=0.001)  # of the cosines
     width: int = Field(128, ge=1)  # D
 
+    def compares_images(self) -> tuple[str, int]:
+        return "method 'contrastive'", 2
+
 
 class Contrastive(Method):
     """Two views, one pass, one loss. The projector is thrown away: what is kept is the network before it."""

@@ -50,7 +50,9 @@ class PairConfig(Config):
 
 
 class RepFusionConfig(MethodConfig):
-    """Stage 1: distil a diffusion model's features into a student. Defaults are the published CIFAR-10 setting."""
+    """Stage 1: distil a diffusion model's features into a student. Defaults are the published CIFAR-10 setting, but for
+    the reward's baseline.
+    """
 
     kind: Literal["repfusion"] = "repfusion"
     teacher: str  # diffusers folder, Hub id, run folder, python:module:factory, random:REFERENCE
@@ -88,17 +90,28 @@ class RepFusionConfig(MethodConfig):
 
     def _compares(self) -> None:
         as_it_is = self.hint_grid is None and self.standardise == "none"
-        if self.loss == "at" and not as_it_is:
+        if self.loss in WHOLE_MAPS and not as_it_is:
             raise ValueError("loss 'at' compares whole maps as they are: hint_grid null, standardise 'none'")
         if self.loss == MEMORY and self.hint_grid is None:
             raise ValueError("loss 'crd' remembers a vector of each image: hint_grid is a number, e.g. 1")
         if self.projector == "conv" and self.hint_grid is not None:
             raise ValueError("projector 'conv' looks at neighbours: it needs whole maps, hint_grid null")
+        if self.projector == "conv" and self.loss in WIDTHS_MAY_DIFFER:
+            raise ValueError(f"loss '{self.loss}' has no projector: leave method.projector out")
+        if self.timestep.select == "ranges" and len({pair.weight for pair in self.pairs}) > 1:
+            raise ValueError("select 'ranges' draws one pair a step, all alike: leave the weights of more_pairs out")
 
     @property
     def pairs(self) -> tuple[PairConfig, ...]:
         """All tap pairs, the first one from tap and student.tap."""
         return (PairConfig(tap=self.tap, student_tap=self.student.tap), *self.more_pairs)
+
+    def compares_images(self) -> tuple[str, int] | None:
+        if self.loss in COMPARED:
+            return f"loss '{self.loss}'", COMPARED[self.loss]
+        if self.timestep.select == "policy" and self.timestep.reward != "task":
+            return f"reward '{self.timestep.reward}'", rewards.FEWEST
+        return None
 
     def label_readers(self) -> tuple[str, ...]:
         if not self.timestep.reads_labels:
@@ -107,6 +120,9 @@ class RepFusionConfig(MethodConfig):
         return (*head, "policy (through its reward)")
 
 
+WHOLE_MAPS = tuple(name for name, loss in losses.FEATURE_LOSSES.items() if not loss.pools)
+WIDTHS_MAY_DIFFER = (MEMORY, *(name for name, loss in losses.FEATURE_LOSSES.items() if not loss.needs_projector))
+COMPARED = {"rkd": 3, "info_nce": 2, MEMORY: 1}  # losses of a whole batch -> the fewest images
 MAX_SEPARATE = 64  # timesteps that get statistics, and a column in the log, of their own
 STATISTICS_TIMESTEPS = 16  # that a joint standardisation is estimated from, when there are more
 
@@ -119,11 +135,14 @@ class RepFusion(Method):
 
     def __init__(self, config: RepFusionConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
-        config = config.model_copy(update={"timestep": resolved(config.timestep, config.tap)})
+        timestep, found = resolved(config.timestep)
+        config = config.model_copy(update={"timestep": timestep})
         self.config, self.pairs = config, config.pairs
         self.teacher = hints_of(config, allow_code)  # frozen, no module
         choices = config.timestep.choices()
         self.teacher.check(choices, image_size)
+        if found:
+            found.check(config.tap, config.noise, self.teacher.sha256)
         channels = self.teacher.channels[config.tap]
         self.student = Student(config.student)
         widths, self.uses_all_parameters = self.student.try_taps(image_size, [p.student_tap for p in self.pairs])
@@ -148,6 +167,7 @@ class RepFusion(Method):
         self.register_buffer("running_reward", torch.tensor(chance))
         self.rewards: list[Tensor] = []  # (sum, count) of each micro-batch of this step
         self.labels_behind = {f"teacher: {part}": n for part, n in self.teacher.labels_seen.items()}
+        self.labels_behind |= {"probe": found.num_labels} if found else {}
         self.licence = f"{Method.licence}; distilled from {self.teacher.name} ({self.teacher.licence})"
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
@@ -232,7 +252,10 @@ class RepFusion(Method):
         if not self.config.timestep.reads_labels:
             return torch.ones_like(batch.index, dtype=torch.bool)
         assert batch.labels is not None  # refused by the recipe
-        return batch.labels >= 0
+        known = batch.labels >= 0
+        if self.config.timestep.reward == "least_squares":
+            return known & (known.sum() >= rewards.FEWEST)  # nothing can be told from fewer
+        return known
 
     def reward(
         self, code: Tensor, batch: Batch, choice: Tensor, rng: Rows, imitation: Tensor

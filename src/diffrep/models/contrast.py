@@ -5,7 +5,7 @@ Letters: B images of a batch, N of the training set, m negatives, D width of the
 
 Deviations from the official `CRDImageClassifier`, which cannot run: embeddings are registered and so trained, moved
 and saved; the memories are buffers on the module's device; whoever calls it says which images it shows; temperature
-0.07 is CRD's own, not 0.7. The memory changes once per step, so that micro-batches of a step see the same one.
+0.07 is CRD's own, not 0.7. The memory changes once per step, and the normaliser is that of the first whole batch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def contrast_table(index: Tensor, num_negatives: int, num_images: int, rng: Rows
 class ContrastiveMemory(nn.Module):
     """(student (B, C), teacher (B, C'), table (B, 1 + m)) -> per image, (B,), least where each finds its partner.
 
-    Its parameters are trained with the student's, and ``after_step`` must follow every update. Each process remembers
-    the rows it has shown itself.
+    Its parameters are trained with the student's, and ``after_step`` must follow every update. All processes remember
+    what any of them has shown; their shares of a batch are of one length.
     """
 
     memory_s: Tensor  # (N, D) running unit embeddings of all images, by the student
@@ -78,7 +78,8 @@ class ContrastiveMemory(nn.Module):
 
     def _normaliser(self, z: Tensor, scores: Tensor) -> Tensor:
         """``z``; before it is known the mean score of this batch times N, which training keeps for good."""
-        found = torch.where(z > 0, z, scores.detach().mean() * len(self.memory_s))  # no branch: a GPU need not wait
+        mean = from_all_processes(scores.detach().mean()[None]).mean()
+        found = torch.where(z > 0, z, mean * len(self.memory_s))  # no branch: a GPU need not wait
         if self.training:
             z.copy_(found)
         return found
@@ -86,10 +87,20 @@ class ContrastiveMemory(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """The rows of the images shown move towards what they were embedded as."""
-        for index, v_s, v_t in self.shown:
+        for shown in self.shown:
+            index, v_s, v_t = (from_all_processes(x) for x in shown)
             for memory, v in ((self.memory_s, v_s), (self.memory_t, v_t)):
                 memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * v, 1)
         self.shown = []
+
+
+def from_all_processes(x: Tensor) -> Tensor:
+    """(B, ...) -> (B of all, ...), by rank; itself where there is one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def nce(p: Tensor, num_images: int) -> Tensor:

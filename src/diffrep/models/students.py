@@ -73,6 +73,7 @@ class Student(nn.Module):
         self.backbone = create(config.name, num_classes, **config.options)
         self.image_size: int | None = None  # pixels of the images it was tried with
         self._taps: dict[str, taps.Tap] | None = None  # found at the first use
+        self._swapped = False  # whether its maps are (B, h, w, C); found with the taps
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
 
@@ -98,18 +99,22 @@ class Student(nn.Module):
         x, last = self.normalise(images), list[Tensor]()
         inner = [self._point(x, name) for name in dict.fromkeys(names) if name is not None]
         if not inner:
-            return [self._as_map(self.backbone.forward_features(x))] * len(names)
+            feature = self.backbone.forward_features(x)
+            return [self._as_map(feature, self._is_channels_last(feature))] * len(names)
         read = taps.read_along if None in names else taps.read
         found = read(self.backbone, lambda: last.append(self.backbone.forward_features(x)), inner)
-        return [self._as_map(last[0] if name is None else found[name]) for name in names]
+        return [self._as_map(last[0] if name is None else found[name], self._swapped) for name in names]
 
     @torch.no_grad()
     def _point(self, x: Tensor, name: str) -> taps.Tap:
         """A tap; how often a pass reaches it is counted once, on one image."""
         if self._taps is None:
-            was_training = self.training
+            was_training, last = self.training, list[Tensor]()
             self.eval()
-            self._taps = taps.list_taps(self.backbone, lambda: self.backbone.forward_features(x[:1]), x.shape[-1])
+            self._taps = taps.list_taps(
+                self.backbone, lambda: last.append(self.backbone.forward_features(x[:1])), x.shape[-1]
+            )
+            self._swapped = self._is_channels_last(last[0])
             self.train(was_training)
         if name not in self._taps:
             taps.find_module(self.backbone, name)  # an unknown name is refused with the nearest
@@ -142,8 +147,8 @@ class Student(nn.Module):
         self.train(was_training).zero_grad(set_to_none=True)
         return [feature.shape[1] for feature in features], used
 
-    def _as_map(self, feature: Tensor) -> Tensor:
-        if feature.dim() == 4 and self._is_channels_last(feature):
+    def _as_map(self, feature: Tensor, swapped: bool) -> Tensor:
+        if feature.dim() == 4 and swapped:
             feature = feature.permute(0, 3, 1, 2)  # (B, C, h, w)
         if feature.dim() == 3:
             tokens = feature[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
@@ -154,7 +159,12 @@ class Student(nn.Module):
         return feature
 
     def _is_channels_last(self, feature: Tensor) -> bool:
-        """timm says so of Swin and its kin; their width then stands on the last axis."""
+        """Of the last map: timm says so of Swin and its kin; their width then stands on the last axis.
+
+        Inner taps follow it: their own widths tell nothing.
+        """
+        if feature.dim() != 4:
+            return False
         said = str(getattr(self.backbone, "output_fmt", "NCHW")).upper()
         width = getattr(self.backbone, "num_features", None)
         return said.endswith("NHWC") or (feature.shape[1] != width and feature.shape[-1] == width)

@@ -134,19 +134,23 @@ class Recipe(Listed):
             raise ValueError(
                 f"data.labelled_share {share} of batch_size {self.train.batch_size} is less than one image"
             )
-        if self.method.kind == "repfusion" and self.method.loss == "rkd" and self.train.batch_size < 3:
-            raise ValueError("loss 'rkd' compares images in threes: train.batch_size is at least 3")
-        together = min(self.train.batch_size, self.train.micro_batch_size or self.train.batch_size)
-        if self.method.kind == "contrastive" and not 2 <= self.train.batch_size == together:
+        if self.method.kind == "repfusion" and self.method.features and "range" in self.method.timestep.select:
             raise ValueError(
-                "method 'contrastive' compares all images of a batch: train.batch_size is at least 2, and "
+                "method.features replays a list of timesteps; "
+                f"timestep.select '{self.method.timestep.select}' needs the teacher itself"
+            )
+        self._compares_images()
+        return self
+
+    def _compares_images(self) -> None:
+        """A method that holds images of a batch against each other needs them together."""
+        found = self.method.compares_images()
+        together = min(self.train.batch_size, self.train.micro_batch_size or self.train.batch_size)
+        if found is not None and not found[1] <= self.train.batch_size == together:
+            raise ValueError(
+                f"{found[0]} compares all images of a batch: train.batch_size is at least {found[1]}, and "
                 "train.micro_batch_size null"
             )
-        if self.method.kind == "repfusion" and self.method.features and self.method.timestep.select == "range":
-            raise ValueError(
-                "method.features replays a list of timesteps; timestep.select 'range' needs the teacher itself"
-            )
-        return self
 
 
 class FeatureTask(Task):
