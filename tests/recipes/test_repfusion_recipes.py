@@ -70,3 +70,16 @@ def test_bad_settings_are_one_line(change, told):
     with pytest.raises(UserError) as refused:
         load("repfusion_cifar10_resnet18_at", change.split())
     assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["method.noise=forward", "method.timestep.baseline=running_mean", "optim.lr=0.2", "method.hint_grid=2"]
+)
+def test_a_faithful_recipe_refuses_what_it_cannot_honour(override, tmp_path):
+    name = "repfusion_cifar10_resnet18_faithful"
+    with pytest.raises(UserError, match="is not the official config's; change it in 'repfusion_cifar10_resnet18'"):
+        load(name, [override])
+    assert load(name, ["method.teacher=runs/mine", "train.steps=3"]).train.steps == 3
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {name}\n")
+    assert load(str(mine), [override]).name == "mine"

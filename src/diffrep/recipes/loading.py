@@ -39,7 +39,28 @@ def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False
     foreign = [text for text in strings(task.model_dump(mode="json")) if text.startswith("python:")]
     if foreign and not allow_code:
         raise UserError(f"{origin}: '{foreign[0]}' runs foreign code; if you trust it, say --allow-code")
+    if isinstance(task, Recipe) and task.name in RECIPES and task.name.endswith(FAITHFUL):
+        _check_faithful(task)
     return task
+
+
+FAITHFUL = "_faithful"
+WHERE = ("teacher", "features", "answers", "init", "passes")  # where networks lie and how they are run; not what is done
+
+
+def _check_faithful(task: Recipe) -> None:
+    """Refuse an official config under its own name that is none any more."""
+    official = RECIPES[task.name]()
+    assert isinstance(official, Recipe)
+    for part in ("method", "optim"):
+        ours, theirs = getattr(task, part), getattr(official, part)
+        changed = [key for key, value in ours if value != getattr(theirs, key, None) and key not in WHERE]
+        if changed:
+            corrected = task.name.removesuffix(FAITHFUL)
+            raise UserError(
+                f"{task.name}: {part}.{changed[0]} is not the official config's; change it in '{corrected}', or in a "
+                "file of another name with this recipe as base"
+            )
 
 
 def _is_file(reference: str) -> bool:
