@@ -12,6 +12,7 @@ from benchmarks import (
     augmentation,
     distillation_step,
     kd_step,
+    pretraining,
     published_teachers,
     startup,
     synthesis,
@@ -30,6 +31,7 @@ ROOMS = (
     synthesis,
     kd_step,
     alternation,
+    pretraining,
 )
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 OUT = Path("runs") / "benchmarks.json"

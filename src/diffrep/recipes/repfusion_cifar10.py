@@ -3,8 +3,9 @@ ResNet-20 with 1,000 labels, against every control at one budget.
 
 Each arm but scratch sees the same 30,000 images, in the same order, and then the same 30,000 views of the 1,000
 labelled ones; scratch sees those views for both lengths. Rate, batch, hint grid and fine-tuning were chosen on
-validation images with one seed, alike for all arms; the test images were read for the table alone. Only the fixed
-timestep comes from an earlier look at the first 2,000 test images: the probed one has seen the 1,000 labels alone.
+validation images with one seed, alike for all arms; the test images were read for the table alone. Only the tap and
+the fixed timestep come from an earlier look at the first 2,000 test images; the probed timestep has seen the 1,000
+labels alone.
 """
 
 from __future__ import annotations
