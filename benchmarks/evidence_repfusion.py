@@ -77,11 +77,12 @@ def _opening(arms: Arms) -> list[str]:
         "(`denoiser_cifar10_small` has its settings). Every arm but scratch sees 30,000 images (468 steps of 64) to "
         "imitate or pretrain, then 30,000 views of the labelled images; scratch sees 60,000 views of those. Settings "
         "were chosen on validation images with one seed, alike for all arms. Tap and fixed timestep (up_blocks.1, "
-        "t = 50) come from an earlier look at 2,000 of the test images, which favours all arms with the diffusion model, and "
-        "fixed t against probed t, which has seen the 1,000 labels alone. How much can be told: on 5,000 validation "
-        "images (`diffrep probe ... --images 1000 --split validation --test-images 5000 --pool 2`, bf16) the probe of "
-        "up_blocks.1 has 48.0, 48.2, 47.9, 47.2, 45.7 at t = 0, 25, 50, 100, 200, and the best elsewhere is 48.5 "
-        "(up_blocks.0, t = 100): another choice would have been as good, and t matters little below 100.",
+        "t = 50) come from an earlier look at 2,000 of the test images, which favours all arms with the diffusion "
+        "model, and fixed t against probed t, which has seen the 1,000 labels alone. How much can be told: on 5,000 "
+        "validation images (`diffrep probe ... --images 1000 --split validation --test-images 5000 --pool 2`, bf16) "
+        "the probe of up_blocks.1 has 48.0, 48.2, 47.9, 47.2, 45.7 at t = 0, 25, 50, 100, 200, and the best "
+        "elsewhere is 48.5 (up_blocks.0, t = 100): another choice would have been as good, and t matters little "
+        "below 100.",
         "",
         "## Arms",
         "",
@@ -204,10 +205,10 @@ def _policy_and_uniform(arms: Arms, chosen: dict[str, Any]) -> list[str]:
     share = sum(t <= 200 for t in TIMESTEPS) / len(TIMESTEPS)
     return [
         f"The policy {won} uniform t after fine-tuning ({statistics.mean(found):+.1f} points, {low:+.1f} to "
-        f"{high:+.1f}). Why: at the end it sends {100 * early:.0f} % of the images to t <= 200, where the probe says the "
-        f"teacher is best; uniform t sends {100 * share:.0f} %. So it learns the right direction, but 30,000 images are few for it, the "
-        "teacher's features differ little over the lower half of the list (above), and each timestep's feature is "
-        "standardised by itself, which takes away most of what a wrong timestep costs.",
+        f"{high:+.1f}). Why: at the end it sends {100 * early:.0f} % of the images to t <= 200, where the probe says "
+        f"the teacher is best; uniform t sends {100 * share:.0f} %. It learns the right direction, but 30,000 images "
+        "are few for it, the teacher's features differ little over the lower half of the list (above), and each "
+        "timestep's feature is standardised by itself, which takes away most of what a wrong timestep costs.",
         "",
     ]
 
