@@ -231,7 +231,7 @@ def test_training_leaves_the_teacher_as_it_was(tiny):
     assert DiffusionTeacher(network.module, "again", 8).sha256 == before
     names = [*method.state_dict(), *dict(method.named_parameters()), *dict(method.named_modules())]
     assert {n.split(".")[0] for n in names if n} == {
-        "student", "comparisons", "policy", "task_head", "running_reward",
+        "student", "comparisons", "policy", "task_head", "running_reward", "timesteps",
     }  # fmt: skip
     trained = {id(p) for p in method.parameters()}
     assert not any(id(p) in trained for p in network.module.parameters())

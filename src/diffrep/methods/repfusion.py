@@ -160,7 +160,7 @@ class RepFusion(Method):
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
             if config.timestep.reward == "task":
                 self.task_head = mlp(self.code_size, channels, channels, num_classes)
-        self.register_buffer("timesteps", torch.tensor(choices), persistent=False)
+        self.register_buffer("timesteps", torch.tensor(choices))  # saved: a probe may be made again under a run
         # Before anything is learnt the task head guesses: its reward is that of chance. Other rewards begin at 0.
         chance = -math.log(num_classes) if config.timestep.reward == "task" else 0.0
         self.num_classes = num_classes
