@@ -32,7 +32,7 @@ TABLE = {
         "diffusion",
         "data",
     },
-    "methods": {"methods.base", "frozen", "models", "diffusion", "data.batch", "data.shards"},
+    "methods": {"methods.base", "frozen", "models", "diffusion", "data.batch", "data.shards", "data.timm_views"},
     "training": {"training", "methods.base", "data"},
     "evaluation": {"data", "models", "frozen", "diffusion.schedules"},
     "recipes": {"methods", "data", "training", "evaluation", "frozen", "models", "diffusion.masking"},

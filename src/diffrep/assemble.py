@@ -93,7 +93,8 @@ def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
     if isinstance(method, DMKD):
         method.watch(_held_out(recipe))
     _scores_possible(recipe, method, train, test)
-    feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled)
+    timm = recipe.method.augment if recipe.method.kind == "finetune" else None
+    feed = Feed(seen, recipe.data, recipe.train.batch_size, recipe.seed, labelled, timm)
     return Assembled(train, test, labelled, feed, method)
 
 
@@ -304,7 +305,7 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
         trainer.step(step)
         times.append(time.process_time() - began)
     tensors = sum(p.numel() * p.element_size() for p in parts.method.parameters())
-    copies = 1 + {"sgd": 1, "muon": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
+    copies = 1 + {"sgd": 1, "lars": 1, "muon": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
     images = recipe.train.steps * recipe.train.batch_size
     return {
         "multiply_adds": multiply_adds_per_image(parts.method, parts.train.image_size[0]) * images,

@@ -58,6 +58,18 @@ def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 # Of logits (B, K): what a classifier teaches. Every loss is per image, so that batches may be split.
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Logits (B, K), labels (B,) -> (B,)."""
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """K questions of yes or no, (B, K) and labels (B,) -> their mean (B,). Source: Wightman et al. 2021, timm's BCE."""
+    target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * (1 - label_smoothing)
+    target = target + label_smoothing / logits.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+
+
 def kd_kl(student: Tensor, teacher: Tensor, kd_temperature: float) -> Tensor:
     """tau^2 KL(p_t || p_s) with p = softmax(z / tau), (B,); its gradient is tau (p_s - p_t) per image.
 

@@ -24,6 +24,7 @@ from diffrep.frozen.teachers import load_teacher
 from diffrep.methods.base import save_student
 from diffrep.methods.synthesis import Synthesis
 from diffrep.methods.token_predictor import mage_counts
+from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
 from diffrep.recipes import RECIPES, dmkd_cifar10, dmkd_rows, quickstart
@@ -89,10 +90,13 @@ def learns(task, pipeline):
     """Images of 224 pixels are tried at 32, which ImageNet's networks take as well."""
     student = getattr(task.method, "student", None)
     told = f"{task.data.source} {student and student.name}"
-    size = 32 if task.data.image_size or "cifar" in told or "imagenet" in told else 8
+    tokens = isinstance(getattr(task.method, "network", None), TransformerConfig)  # 16 of 2x2 pixels stand in
+    size = 32 if not tokens and (task.data.image_size or "cifar" in told or "imagenet" in told) else 8
     assert augmentation(task.data.augment).reach < size
     changes = {"teacher": teacher_of(task, pipeline, size), "features": None, "init": None, "answers": None}
+    changes |= {"student": small_vit(student, size)} if getattr(student, "name", "").startswith("vit_") else {}
     changes |= in_place_of_stages(task.method)
+    changes |= {"network": TransformerConfig(embed_dim=48, depth=1)} if tokens and task.data.image_size else {}
     changes |= {"taps": ("mid_block", "up_blocks.1")} if task.method.kind == "mixing" else {}  # of the small network
     changes |= {"taps": ("up_blocks.0", "up_blocks.1")} if task.method.kind == "clean_input" else {}
     method = task.method.model_copy(update={k: v for k, v in changes.items() if k in type(task.method).model_fields})
@@ -106,6 +110,11 @@ def learns(task, pipeline):
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in built.parameters())
     unknown = set(task.optim.group_lr) - set(built.parameter_groups())
     assert not unknown, unknown
+
+
+def small_vit(student, size):
+    """The same for images of another size, with one block in the place of many."""
+    return student.model_copy(update={"options": student.options | {"img_size": size, "depth": 1}})
 
 
 def in_place_of_stages(method):
@@ -399,11 +408,11 @@ def test_overrides_of_a_study_may_begin_with_a_stage():
         ("optm.lr=1", ["finetune_debug: unknown key 'optm'", "did you mean 'optim'?"]),
         ("optim.lrr=1", ["unknown key 'optim.lrr'", "did you mean 'lr'"]),
         ("method.student.nam=x", ["unknown key 'method.student.nam'", "did you mean 'name'"]),
-        ("method.teacher=x", ["unknown key 'method.teacher'", "valid: head_first, init, init_skip, kind"]),
+        ("method.teacher=x", ["unknown key 'method.teacher'", "valid: augment, drop_path, head_first"]),
         ("optim.lr=-1", ["optim.lr = -1: Input should be greater than 0"]),
         ("optim.lr=fast", ["optim.lr = 'fast': Input should be a valid number"]),
         ("optim.lr=.inf", ["--set optim.lr=.inf: inf is no finite number"]),
-        ("optim.name=adamm", ["optim.name = 'adamm': Input should be 'adamw', 'adam', 'sgd' or 'muon'"]),
+        ("optim.name=adamm", ["optim.name = 'adamm': Input should be 'adamw', 'adam', 'sgd', 'lars' or 'muon'"]),
         ("train.steps=2.5", ["train.steps = 2.5: Input should be a valid integer"]),
         ("train.steps=[2]", ["train.steps = [2]: Input should be a valid integer"]),
         ("seed=-1", ["seed = -1: Input should be greater than or equal to 0"]),

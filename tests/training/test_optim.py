@@ -20,6 +20,13 @@ def test_warm_up_rises_in_equal_parts_and_its_last_step_has_the_whole_rate():
     assert factors(6, name="constant", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_warm_up_from_zero_is_the_official_schedule():
+    """lr e / warmup, then min + (lr - min) (1 + cos(pi (e - warmup) / (epochs - warmup))) / 2, at each step's e."""
+    found = factors(10, warmup_steps=4, warmup_from_zero=True, final=0.1)
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    assert found == pytest.approx([0.0, 0.25, 0.5, 0.75, *cosine], abs=1e-12) and found[0] == 0
+
+
 def test_cosine_by_hand():
     # 8 steps: progress 0, 1/8, ..., 7/8.
     wanted = [(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]

@@ -17,7 +17,7 @@ class Batch:
     index:  (B,) int64, the image's position in its source.
     view:   (B,) int64, which of the augmentation's enumerable views this is (0 = untouched); None if not enumerable.
             With ``index`` it is the key under which a teacher's answer can be cached and replayed exactly.
-    target: what a dense task compares with, or None.
+    target: what a dense task compares with, a :class:`Mixture` where images are mixed, or None.
     """
 
     images: Tensor
@@ -25,3 +25,15 @@ class Batch:
     index: Tensor
     view: Tensor | None = None
     target: Any = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The target of a batch into whose images others were mixed.
+
+    labels: (B,) int64, of what was mixed in; -1 where the label is hidden.
+    share: how much of each image is its own, in [0, 1].
+    """
+
+    labels: Tensor
+    share: float

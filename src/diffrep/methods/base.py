@@ -60,6 +60,11 @@ class Method(nn.Module):
         """Trainable parameters by the names that ``optim.group_lr`` may give a rate of their own."""
         return {"student": [p for p in self.parameters() if p.requires_grad]}
 
+    def depths(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+        """Parameters layer by layer, the head last, for ``optim.layer_decay`` ([]: no order is known); and what
+        ``optim.weight_decay_exclude_1d`` spares besides biases and norms, such as tables of positions."""
+        return [], []
+
     def watch(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Be shown held-out images of the training source, untouched; most methods choose nothing by them."""
 

@@ -1,30 +1,40 @@
 """Fine-tuning for classification: a student, from scratch or from a distilled run, learns from labelled images.
 
-Source: official `classification_distill/baseline` configs (cross-entropy, a new linear head on the pooled vector,
-nothing frozen). Deviation: loading is strict; what is missing or does not fit is an error, not a printed line.
+Source: RepFusion's `classification_distill/baseline` configs (cross-entropy, a new linear head on the pooled vector,
+nothing frozen); ADDP's `main_finetune` for ViTs; MAE's `main_linprobe` for a frozen trunk.
+Deviations: loading is strict, so what is missing or does not fit is an error, not a printed line; ``pooling`` "cls"
+reads the class token through its norm (official ADDP: still the mean, and without any norm); ``tokenizer_norm`` can be
+kept (official: dropped without a word).
+Letters: B images, D width of the pooled vector, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffrep import losses
-from diffrep.data.batch import Batch
+from diffrep import _torchvision_compat, losses
+from diffrep.data.batch import Batch, Mixture
+from diffrep.data.timm_views import TimmConfig
 from diffrep.errors import UserError, nearest
 from diffrep.files import read_json
+from diffrep.frozen.tokens import CARD, held, read_network
 from diffrep.methods.base import Method, MethodConfig, save_student
+from diffrep.models import depths
+from diffrep.models.addp_vit import MEAN, STD, timm_state
 from diffrep.models.stored import Fit, compare
 from diffrep.models.students import Student, StudentConfig
 from diffrep.models.weights import read_weights
 from diffrep.randomness import Rows
+
+HEAD_EPS = 1e-6  # of MAE's BatchNorm before the head
 
 
 class FinetuneConfig(MethodConfig):
@@ -32,11 +42,33 @@ class FinetuneConfig(MethodConfig):
 
     kind: Literal["finetune"] = "finetune"
     student: StudentConfig
-    init: str | None = None  # a finished run whose weights the backbone starts from
+    # a finished run whose weights the backbone starts from, or a folder with an ADDP network (diffrep convert)
+    init: str | None = None
     init_skip: tuple[str, ...] = ()  # tensors of init that are left there, e.g. conv1.weight of another stem
-    head_first: float = Field(0.0, ge=0, lt=1)  # share of the steps in which only the head learns
+    tokenizer_norm: bool | None = None  # the norm behind an ADDP encoder's embeddings; None: as init has it
+    pooling: Literal["avg", "cls"] | None = None  # a ViT's vector: mean of the patches, class token; None: its options
+    drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; rises linearly from 0 at the first
+    head_std: float | None = Field(None, gt=0)  # of the fresh head's weights, with biases 0; None: the network's own
+    head_first: float = Field(0.0, ge=0, le=1)  # share of the steps in which only the head learns; 1: linear probe
+    head_norm: bool = False  # BatchNorm without weights before the head of a linear probe; folded into it in the end
+    loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     stem_until: float = Field(1.0, ge=0, le=1)  # share of the steps in which the bias of a whitening stem learns
+    augment: TimmConfig | None = None  # behind data.augment
+
+    @model_validator(mode="after")
+    def _norm_of_a_probe(self) -> FinetuneConfig:
+        if self.head_norm and self.head_first < 1:
+            raise ValueError("head_norm is part of a linear probe: it needs head_first 1")
+        return self
+
+    def whole_student(self) -> StudentConfig:
+        """``student`` with the options that other fields stand for."""
+        options = dict(self.student.options)
+        options |= {"drop_path_rate": self.drop_path} if self.drop_path else {}
+        options |= {"global_pool": {"avg": "avg", "cls": "token"}[self.pooling]} if self.pooling else {}
+        options |= {"pre_norm": self.tokenizer_norm} if self.tokenizer_norm is not None else {}
+        return self.student.model_copy(update={"options": options})
 
     def label_readers(self) -> tuple[str, ...]:
         return ("student",)
@@ -48,17 +80,43 @@ class Finetune(Method):
     def __init__(self, config: FinetuneConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.student = Student(config.student, num_classes)
+        self.student = Student(config.whole_student(), num_classes)
         self._stem_can_stop()
-        self.uses_all_parameters = config.head_first == 0 and config.stem_until == 1
-        self.loaded = load_backbone(self.student, Path(config.init), config.init_skip) if config.init else None
+        self.loaded = self._load(config) if config.init else None
         self.student.try_out(image_size)
-        if config.init:
-            self.notes = (f"started from {config.init}: {self.loaded}",)
-            start = read_json(Path(config.init) / "result.json")
-            self.licence = start.get("licence", Method.licence)
-            seen = start.get("labels_seen", {}) | start.get("labels_behind", {})
-            self.labels_behind = {f"before: {part}": n for part, n in seen.items()}
+        self.head_norm = self._fresh_head(config)
+        if config.head_first == 1:
+            self.student.requires_grad_(False)
+            self.student.backbone.get_classifier().requires_grad_(True)
+        self.uses_all_parameters = config.head_first in (0, 1) and config.stem_until == 1
+
+    def _fresh_head(self, config: FinetuneConfig) -> nn.BatchNorm1d | None:
+        """The norm before the head, where there is one; the head begins as the config says."""
+        if not (config.head_norm or config.head_std):
+            return None
+        head = self.student.backbone.get_classifier()
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            what = f"the head of {config.student.name} is no linear layer with biases"
+            raise UserError(f"method.head_norm, method.head_std: {what}")
+        if config.head_std is not None:
+            nn.init.trunc_normal_(head.weight, std=config.head_std)
+            nn.init.zeros_(head.bias)
+        return nn.BatchNorm1d(head.in_features, HEAD_EPS, affine=False) if config.head_norm else None
+
+    def _load(self, config: FinetuneConfig) -> Fit:
+        """Start from ``init``, whose licence and labels this run inherits."""
+        place = Path(str(config.init))
+        found = load_backbone(self.student, place, config.init_skip, config.tokenizer_norm)
+        self.notes = (f"started from {config.init}: {found}",)
+        start = (
+            read_json(place / "result.json")
+            if (place / "result.json").exists()
+            else read_json(held(place)["addp"] / CARD)
+        )
+        self.licence = start.get("licence", Method.licence)
+        seen = start.get("labels_seen", {}) | start.get("labels_behind", {})
+        self.labels_behind = {f"before: {part}": n for part, n in seen.items()}
+        return found
 
     def _stem_can_stop(self) -> None:
         if self.config.stem_until < 1 and not hasattr(self.student.backbone, "stem_learns"):
@@ -72,19 +130,31 @@ class Finetune(Method):
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None  # refused by the recipe
-        known = batch.labels >= 0
         if self.config.stem_until < 1:
             self.student.backbone.stem_learns = progress < self.config.stem_until
         if progress < self.config.head_first:
-            logits = self.student.backbone.get_classifier()(self._frozen_vector(batch.images))
+            vector = self._frozen_vector(batch.images)
+            vector = vector if self.head_norm is None else self.head_norm(vector.float())
+            logits = self.student.backbone.get_classifier()(vector)
         else:
             logits = self.student(batch.images)
-        each = F.cross_entropy(
-            logits, batch.labels.clamp(min=0), reduction="none", label_smoothing=self.config.label_smoothing
-        )
+        known = batch.labels >= 0
         correct = (logits.detach().argmax(1) == batch.labels).float()
         top1 = torch.where(known, correct, 0).sum() / known.sum().clamp(min=1)
-        return {"loss": losses.mean_over(each, known), "train_top1": top1}
+        return {"loss": self._loss(logits, batch), "train_top1": top1}
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of a mixed target is both labels' losses, mixed; so a hidden label takes its share away with it."""
+        shares = [(1.0, batch.labels)]
+        if isinstance(batch.target, Mixture):
+            shares = [(batch.target.share, batch.labels), (1 - batch.target.share, batch.target.labels)]
+        of = losses.binary_cross_entropy if self.config.loss == "bce" else losses.cross_entropy
+        each = [
+            share * losses.mean_over(of(logits, labels.clamp(min=0), self.config.label_smoothing), labels >= 0)
+            for share, labels in shares
+            if labels is not None
+        ]
+        return torch.stack(each).sum()
 
     @torch.no_grad()
     def _frozen_vector(self, images: Tensor) -> Tensor:
@@ -99,46 +169,109 @@ class Finetune(Method):
             return own()
         head = {id(p) for p in self.student.backbone.get_classifier().parameters()}
         parameters = list(self.student.parameters())
-        return {
-            "student": [p for p in parameters if id(p) not in head],
-            "head": [p for p in parameters if id(p) in head],
-        }
+        trunk = [p for p in parameters if id(p) not in head and p.requires_grad]
+        return {"student": trunk, "head": [p for p in parameters if id(p) in head]}
+
+    def depths(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+        return depths.layers(self.student.backbone), depths.tables(self.student.backbone)
 
     def dry_step(self, images: Tensor) -> None:
         self.student(images).sum().backward()
 
     def export(self, run_dir: Path) -> dict[str, Any]:
+        if self.head_norm is not None:
+            fold(self.head_norm, self.student.backbone.get_classifier())
         save_student(run_dir, self.student)
         return {"init": self.config.init, "loaded": asdict(self.loaded) if self.loaded else None}
 
 
-def load_backbone(student: Student, run_dir: Path, skip: tuple[str, ...] = ()) -> Fit:
-    """Start ``student`` from a finished run's backbone; only the classifier may differ. Returns what was taken over.
+@torch.no_grad()
+def fold(norm: nn.BatchNorm1d, head: nn.Linear) -> None:
+    """Let ``head`` answer alone what it answers behind ``norm``, which then changes nothing."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    head.weight.mul_(scale)
+    head.bias.sub_(head.weight @ norm.running_mean)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+
+
+# Where it starts
+
+
+def load_backbone(
+    student: Student, run_dir: Path, skip: tuple[str, ...] = (), tokenizer_norm: bool | None = None
+) -> Fit:
+    """Start ``student`` from another network; only classifier, position table and last norm may differ.
 
     Args:
+        run_dir: a finished run with a student, or a folder with an ADDP network.
         skip: names of further tensors that stay as ``student`` has them.
+        tokenizer_norm: keep or drop the norm behind an ADDP encoder's embeddings; None: as the run exported it, and
+            dropped where there is no run.
+
+    Returns:
+        what was taken over. A position table of another grid is resized first.
 
     Raises:
-        UserError: the run has no student, or a tensor is missing, left over or of another shape.
+        UserError: nothing to start from, or a tensor is missing, left over or of another shape.
     """
-    if not (run_dir / "result.json").exists():
-        raise UserError(f"method.init: {run_dir} is no finished run (no result.json)")
-    state = read_weights(run_dir / "weights.safetensors")
-    taught = read_json(run_dir / "config.json")["student"]
+    state, taught = _start(run_dir, tokenizer_norm)
     own = student.backbone.state_dict()
     if unknown := [name for name in skip if name not in own]:
         raise UserError(f"method.init_skip: {student.config.name} has no '{unknown[0]}'; {nearest(unknown[0], own)}")
-    fit = compare(state, own, (_classifier_prefix(student.backbone), *skip))
+    state = _on_grid(state, student.backbone)
+    fit = compare(state, own, (_classifier_prefix(student.backbone), *_last_norms(state, own), *skip))
     if not fit.is_whole:
-        there = "" if taught["name"] == student.config.name else f", a {taught['name']},"
+        there = "" if taught.name == student.config.name else f", a {taught.name},"
         raise UserError(f"method.init: {run_dir}{there} does not fit {student.config.name}: {fit}")
     for key in ("mean", "std"):
-        if tuple(taught[key]) != getattr(student.config, key):
+        if getattr(taught, key) != getattr(student.config, key):
             raise UserError(
-                f"method.init: {run_dir} saw images with {key} {taught[key]}; set method.student.{key} to it"
+                f"method.init: {run_dir} saw images with {key} {list(getattr(taught, key))}; "
+                f"set method.student.{key} to it"
             )
     student.backbone.load_state_dict(own | {k: v for k, v in state.items() if k in own and k not in fit.new})
     return fit
+
+
+def _start(run_dir: Path, tokenizer_norm: bool | None) -> tuple[dict[str, Tensor], StudentConfig]:
+    """Tensors under timm's names, and how their network saw images."""
+    is_run = (run_dir / "result.json").exists()
+    has_addp = run_dir.is_dir() and "addp" in held(run_dir)
+    if has_addp and (tokenizer_norm is not None or not is_run):
+        network, card = read_network(str(run_dir), "addp")
+        return timm_state(network, bool(tokenizer_norm)), StudentConfig(name=card["name"], mean=MEAN, std=STD)
+    if not is_run:
+        raise UserError(f"method.init: {run_dir} is no finished run (no result.json), and holds no ADDP network")
+    state = read_weights(run_dir / "weights.safetensors")
+    return dict(state), StudentConfig.model_validate(read_json(run_dir / "config.json")["student"])
+
+
+def _on_grid(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """With the position table of images of another size, bicubic without antialiasing as the official code."""
+    _torchvision_compat.install()
+    from timm.layers import resample_abs_pos_embed
+
+    table, own = state.get("pos_embed"), backbone.state_dict().get("pos_embed")
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if table is None or own is None or grid is None or table.shape[1] == own.shape[1]:
+        return state
+    prefix = own.shape[1] - grid[0] * grid[1]
+    if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix:
+        return state  # of no square image: compared as it is, and refused
+    return state | {"pos_embed": resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix, antialias=False)}
+
+
+def _last_norms(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The norm behind a ViT's blocks starts afresh where pooling differs: it has another name, and other inputs."""
+    norms = ("norm.", "fc_norm.")
+
+    def found(tensors: Mapping[str, Tensor]) -> set[str]:
+        return {norm for norm in norms for name in tensors if name.startswith(norm)}
+
+    is_vit = any(name.startswith("blocks.") for name in own)
+    return norms if is_vit and found(state) != found(own) else ()
 
 
 def _classifier_prefix(backbone: nn.Module) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from diffrep.recipes import (
     addp,
+    addp_finetune,
     addp_released,
     baselines,
     clean_input,
@@ -38,6 +39,7 @@ ROOMS = (
     dmkd_more,
     addp,
     addp_released,
+    addp_finetune,
     finetune,
     clean_input,
     fast,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from diffrep.config import Config
 from diffrep.errors import UserError, nearest
+from diffrep.training.lars import Lars
 from diffrep.training.muon import Muon
 
 
@@ -18,7 +20,8 @@ class LrScheduleConfig(Config):
     """The factor on the rate: warm-up, an optional constant stretch, then the decay."""
 
     name: Literal["constant", "cosine", "step", "polynomial"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)  # linear from 0
+    warmup_steps: int = Field(0, ge=0)  # linear; the first step has one part of it
+    warmup_from_zero: bool = False  # the first step has rate 0, as MAE's and ADDP's schedule
     hold: float = Field(0.0, ge=0, lt=1)  # share of the run before cosine or polynomial decay begins
     final: float = Field(0.0, ge=0, le=1)  # factor at the end of cosine or polynomial
     milestones: tuple[float, ...] = ()  # shares of the run at which `step` multiplies by gamma
@@ -37,13 +40,15 @@ class LrScheduleConfig(Config):
 class OptimConfig(Config):
     """One optimiser for all parts of a method; parts may have rates of their own."""
 
-    name: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: for filters, sgd with nesterov for the rest
+    name: Literal["adamw", "adam", "sgd", "lars", "muon"] = "adamw"  # muon: for filters, the rest by nesterov's sgd
     lr: float | None = Field(None, gt=0)  # the rate used
     base_lr: float | None = Field(None, gt=0)  # rate per 256 images: lr = base_lr x batch_size / 256
     group_lr: dict[str, float] = {}  # factor on the rate by part, e.g. {"policy": 1.5}
     weight_decay: float = Field(0.0, ge=0)  # muon: divided by the group's rate, so a share per step; filters have none
+    weight_decay_exclude_1d: bool = False  # no decay of biases, norms, tables of positions and class tokens
+    layer_decay: float = Field(1.0, gt=0, le=1)  # factor on the rate for each layer below the head
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
-    momentum: float = Field(0.9, ge=0, lt=1)  # sgd, and muon of what is no filter
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars, and muon of what is no filter
     filter_momentum: float = Field(0.6, ge=0, lt=1)  # muon
     nesterov: bool = False  # sgd
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
@@ -62,28 +67,78 @@ class OptimConfig(Config):
         return self.lr if self.lr is not None else float(self.base_lr or 0) * batch_size / 256
 
 
-def optimiser(config: OptimConfig, groups: dict[str, list[nn.Parameter]], batch_size: int) -> torch.optim.Optimizer:
-    """Each group keeps its peak rate under ``peak_lr``.
+Part = dict[str, Any]  # a group of parameters as torch's optimisers take it
+
+
+def optimiser(
+    config: OptimConfig,
+    groups: dict[str, list[nn.Parameter]],
+    batch_size: int,
+    layers: Sequence[Sequence[nn.Parameter]] = (),
+    undecayed: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """Each group keeps its peak rate under ``peak_lr``; the first one has the rate of the deepest layer.
+
+    Args:
+        layers: parameters by depth, for ``layer_decay``; the head last.
+        undecayed: what ``weight_decay_exclude_1d`` spares although it has more than one dimension.
 
     Raises:
-        UserError: ``group_lr`` names a part the method does not have.
+        UserError: ``group_lr`` names a part the method does not have, or it does not know its layers.
     """
     unknown = [name for name in config.group_lr if name not in groups]
     if unknown:
         raise UserError(f"optim.group_lr: the method has no part '{unknown[0]}'; {nearest(unknown[0], groups)}")
     rate = config.rate(batch_size)
-    parts: list[dict[str, Any]] = [
+    parts = [
         {"params": params, "lr": 0.0, "peak_lr": rate * config.group_lr.get(name, 1.0), "name": name}
         for name, params in groups.items()
-        if params
     ]
+    if config.layer_decay < 1:
+        parts = by_layer(parts, config.layer_decay, layers)
+    if config.weight_decay_exclude_1d:
+        parts = sparing(parts, undecayed)
+    return _built(config, [part for part in parts if part["params"]])
+
+
+def by_layer(parts: Sequence[Part], decay: float, layers: Sequence[Sequence[nn.Parameter]]) -> list[Part]:
+    """Each part layer by layer from the head down, layer l of 0..L+1 at decay^(L + 1 - l) of the part's rate.
+
+    Source: official `lr_decay`, after Bao et al. 2021 (BEiT); what lies in no layer has the whole rate.
+    """
+    if not layers:
+        raise UserError("optim.layer_decay: this network does not say in which layer a parameter lies; timm's ViTs do")
+    depth = {parameter: number for number, layer in enumerate(layers) for parameter in layer}
+    last, found = len(layers) - 1, []
+    for part in parts:
+        for number in range(last, -1, -1):
+            chosen = [p for p in part["params"] if depth.get(p, last) == number]
+            rate = part["peak_lr"] * decay ** (last - number)
+            found.append(part | {"params": chosen, "peak_lr": rate, "name": f"{part['name']}.{number}"})
+    return found
+
+
+def sparing(parts: Sequence[Part], undecayed: Sequence[nn.Parameter]) -> list[Part]:
+    """Each part in two: what weight decay takes from, and what it spares."""
+    named = set(undecayed)
+    found = []
+    for part in parts:
+        spared = [p for p in part["params"] if p.dim() <= 1 or p in named]
+        others = [p for p in part["params"] if p.dim() > 1 and p not in named]
+        found += [part | {"params": others}, part | {"params": spared, "weight_decay": 0.0}]
+    return found
+
+
+def _built(config: OptimConfig, parts: list[Part]) -> torch.optim.Optimizer:
     if config.name == "sgd":
         return torch.optim.SGD(
             parts, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
         )
+    if config.name == "lars":
+        return Lars(parts, config.momentum, config.weight_decay)
     if config.name == "muon":
         for part in parts:
-            part["weight_decay"] = config.weight_decay / part["peak_lr"] if part["peak_lr"] else 0.0
+            part.setdefault("weight_decay", config.weight_decay / part["peak_lr"] if part["peak_lr"] else 0.0)
         return Muon(parts, config.momentum, config.filter_momentum)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(parts, betas=config.betas, weight_decay=config.weight_decay)
@@ -92,7 +147,7 @@ def optimiser(config: OptimConfig, groups: dict[str, list[nn.Parameter]], batch_
 def lr_factor(config: LrScheduleConfig, step: int, steps: int) -> float:
     """The factor on the peak rate at ``step`` of ``steps`` (both counted from 0), in [0, 1]."""
     if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+        return (step + (not config.warmup_from_zero)) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.name == "constant":
         return 1.0

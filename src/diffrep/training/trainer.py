@@ -53,7 +53,7 @@ class Trainer:
         self.rows = range(self.rank, config.batch_size, processes)  # strided, so that labelled rows are shared out
         self.method, self.feed, self.config, self.optim, self.seed, self.run = method, feed, config, optim, seed, run
         feed.to(self.accelerator.device)
-        self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size)
+        self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size, *method.depths())
         self.wrapped, self.stepper = self.accelerator.prepare(method, self.optimizer)
         self.ema = Ema(method, config.ema_decay) if config.ema_decay else None
         self.seconds = 0.0
