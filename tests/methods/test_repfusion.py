@@ -891,3 +891,14 @@ def test_the_timestep_of_a_probe_is_taken(tiny, tmp_path):
     for wrong in ({"select": "probed"}, {"select": "fixed", "values": (1,), "probe": "x"}):
         with pytest.raises(ValueError, match="takes probe"):
             TimestepConfig(**wrong)
+
+
+def test_a_student_that_begins_with_whitening_sees_the_images(factory, tiny_denoiser):
+    reference = factory(lambda: tiny_denoiser(image_size=32))
+    student = StudentConfig(name="fast_cnn", options={"widths": [8, 8, 8]})
+    once = TimestepConfig(select="fixed", values=(7,))
+    method = RepFusion(config(reference, once, student=student), 4, 32, allow_code=True)
+    before = [p.clone() for p in method.student.parameters()]
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    method.prepare([Batch(images, None, torch.arange(64), None)])
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))

@@ -150,3 +150,9 @@ def test_running_mean_by_hand_of_trained_parameters_alone():
     mean.copy_to(network)
     assert network.weight.item() == pytest.approx(by_hand, rel=1e-6)
     assert torch.equal(network.bias, bias)
+
+
+def test_nesterov_is_refused_where_it_would_do_nothing():
+    for settings in ({"name": "adamw"}, {"name": "muon"}, {"name": "sgd", "momentum": 0}):
+        with pytest.raises(ValueError, match="nesterov belongs to sgd"):
+            OptimConfig(lr=0.1, nesterov=True, **settings)

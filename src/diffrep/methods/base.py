@@ -44,7 +44,13 @@ class Method(nn.Module):
     uses_all_parameters: bool = True  # False: some parameters get no gradient in some steps
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Look once at unaugmented training images before the first step (statistics); most methods need not."""
+        """Look once at unaugmented training images before the first step (statistics).
+
+        What every student needs: one that begins with whitening sees them.
+        """
+        student = self._modules.get("student")
+        if isinstance(student, Student) and hasattr(student.backbone, "whiten"):
+            student.backbone.whiten(torch.cat([student.normalise(batch.images) for batch in batches]))
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         """Named scalars: ``loss`` is what is minimised, the rest is its parts and what is worth a curve.

@@ -124,9 +124,8 @@ class Finetune(Method):
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """A network that begins with whitening sees training images; one that goes on from a run brings it along."""
-        whiten = getattr(self.student.backbone, "whiten", None)
-        if whiten is not None and not self.config.init:
-            whiten(torch.cat([self.student.normalise(batch.images) for batch in batches]))
+        if not self.config.init:
+            super().prepare(batches)
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None  # refused by the recipe
@@ -244,8 +243,11 @@ def _start(run_dir: Path, tokenizer_norm: bool | None) -> tuple[dict[str, Tensor
         return timm_state(network, bool(tokenizer_norm)), StudentConfig(name=card["name"], mean=MEAN, std=STD)
     if not is_run:
         raise UserError(f"method.init: {run_dir} is no finished run (no result.json), and holds no ADDP network")
+    card = read_json(run_dir / "config.json") if (run_dir / "config.json").exists() else {}
+    if "student" not in card:
+        raise UserError(f"method.init: {run_dir} is a run that kept no student")
     state = read_weights(run_dir / "weights.safetensors")
-    return dict(state), StudentConfig.model_validate(read_json(run_dir / "config.json")["student"])
+    return dict(state), StudentConfig.model_validate(card["student"])
 
 
 def _on_grid(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

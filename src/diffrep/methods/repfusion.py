@@ -322,6 +322,7 @@ class RepFusion(Method):
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Mean and deviation of the hint per channel, over the training set and the timesteps in use."""
+        super().prepare(batches)
         if self.config.standardise == "none":
             return
         found = statistics(self.teacher, list(self.teacher.channels), self._representative(), batches)

@@ -61,6 +61,8 @@ class OptimConfig(Config):
             raise ValueError("betas are in [0, 1)")
         if any(factor < 0 for factor in self.group_lr.values()):
             raise ValueError("group_lr holds factors of 0 or more")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("nesterov belongs to sgd with a momentum above 0")
         return self
 
     def rate(self, batch_size: int) -> float:
