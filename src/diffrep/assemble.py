@@ -27,7 +27,9 @@ from diffrep.data.shards import read_manifest
 from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
 from diffrep.evaluation.classify import classifier_scores, load_student, student_scores
+from diffrep.evaluation.tokenize import reconstruction_scores
 from diffrep.files import locked
+from diffrep.frozen.tokens import load_tokenizer
 from diffrep.methods.addp import ADDP
 from diffrep.methods.base import Method
 from diffrep.methods.clean_input import CleanInput
@@ -223,7 +225,9 @@ def is_main_process() -> bool:
 
 
 def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
-    """Of the exported student; a diffusion model is judged by whoever learns from it."""
+    """Of the exported student or tokenizer; a diffusion model is judged by whoever learns from it."""
+    if isinstance(parts.method, TokenizerMethod):
+        return reconstruction_scores(load_tokenizer(str(run_dir)), parts.test, device)
     student = getattr(parts.method, "student", None)
     if student is not None and recipe.evaluate.protocol == "classifier":
         return _classifier(recipe, parts, run_dir, device)

@@ -1,5 +1,6 @@
 """Images through a tokenizer: pytest tests/evaluation/test_tokenize.py"""
 
+import math
 import shutil
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from diffrep import api
+from diffrep.data.datasets import ImageSet
 from diffrep.errors import UserError
-from diffrep.evaluation.tokenize import Tally
+from diffrep.evaluation.tokenize import Tally, reconstruction_scores
 from diffrep.frozen.tokens import write_network
 from diffrep.models.vqgan import VQGAN, VQGANConfig
 
@@ -52,6 +54,42 @@ def test_numbers_of_a_tally():
     assert found["codes_used"] == 2 and found["share_used"] == 0.5
     assert found["perplexity"] == pytest.approx(2.0)
     assert found["mse"] == pytest.approx(0.05) and found["psnr"] == pytest.approx(13.0103, abs=1e-3)
+
+
+class OneGrey:
+    """Copies every image as grey of 0.5, by four ids of which half are code 3."""
+
+    num_codes = 5
+
+    def grid(self, images):
+        return 2, 2
+
+    def encode(self, images):
+        return torch.tensor([3, 0, 3, 1]).repeat(len(images), 1)
+
+    def lookup(self, ids):
+        return ids[..., None]
+
+    def decode(self, latents, grid):
+        return torch.full((len(latents), 3, 2, 2), 0.5)
+
+
+def test_scores_of_a_known_error():
+    """Every pixel is wrong by a half."""
+    pixels = torch.full((20, 3, 2, 2), 255, dtype=torch.uint8)  # more than a block
+    pixels[:, :, 0] = 0
+    pixels[10:] = 0
+    images = ImageSet("made", "test", ("a",), "ours", pixels, torch.zeros(20, dtype=torch.int64))
+    grey = OneGrey()
+    found = reconstruction_scores(grey, images, torch.device("cpu"))
+    assert found["psnr"] == pytest.approx(-10 * math.log10(0.25), abs=1e-3)
+    assert found["test_codes_used"] == 60 and found["test_images"] == 20
+    assert found["test_perplexity"] == pytest.approx(math.exp(1.5 * math.log(2)), abs=1e-3)
+    grey.decode = lambda latents, grid: torch.zeros(len(latents), 3, 2, 2)
+    half = reconstruction_scores(grey, images, torch.device("cpu"))
+    assert half["psnr"] == pytest.approx(-10 * math.log10(0.25), abs=1e-3)  # a quarter of all pixels is wrong by one
+    black = ImageSet("made", "test", ("a",), "ours", torch.zeros_like(pixels), images.labels)
+    assert "psnr" not in reconstruction_scores(grey, black, torch.device("cpu"))  # perfect
 
 
 def test_one_image(folder, photo, network):

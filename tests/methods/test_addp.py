@@ -29,6 +29,8 @@ def method(case):
     """The training method with the networks of a golden case."""
     found = ADDP.__new__(ADDP)
     torch.nn.Module.__init__(found)
+    smoothing = case.meta["addp"]["label_smoothing"]
+    found.config = ADDPConfig(tokenizer="golden", token_predictor="golden", label_smoothing=smoothing)
     found.network, found.tokenizer = addp(case), Tokenizer(tokenizer(case), "golden")
     found.predictor = FrozenPredictor(predictor(case), "golden")
     return found
@@ -55,21 +57,29 @@ def test_golden_masks(golden_case):
 
 @pytest.mark.golden(of=is_addp)
 def test_golden_training_step(golden_case):
+    """The step as it is run: at masked positions alone, both predictor passes at once."""
     found, ids, (m_t, m_next) = method(golden_case), golden_case.get("outputs/vq.indices"), masks(golden_case)
     x_t, target = found.teach(ids, m_t, m_next)
-    close(x_t, golden_case.get("outputs/train.x_t"))
-    close(target, rows(golden_case.get("outputs/train.target"), found.network.config.grid))
-    logits = found.network(x_t, ids, m_t)
-    smoothing = golden_case.meta["addp"]["label_smoothing"]
-    loss = losses.mean_at(losses.soft_token_cross_entropy(logits, target, smoothing), m_t)
+    if bool(m_t.all()):
+        assert x_t is None
+    else:
+        close(x_t, golden_case.get("outputs/train.x_t"))
+    close(target, rows(golden_case.get("outputs/train.target"), found.network.config.grid)[m_t])
+    logits, positions = found.network.masked_logits(x_t, ids, m_t), slice(1, 1 + m_t.shape[1])
+    kept = golden_case.get("outputs/train.logits[:n_embed+8]")[:, positions][m_t]
+    close(logits[:, : kept.shape[1]], kept)
+    close(logits.logsumexp(1), golden_case.get("outputs/train.logits.logsumexp")[:, positions][m_t])
+    loss = found.losses(ids, m_t, m_next).mean()
     close(loss.view(1), golden_case.get("outputs/train.loss"))
     loss.backward()
-    parameters = dict(found.network.named_parameters())
-    for name, expected in golden_case.under("outputs/train.grad.").items():
+    parameters, wanted = dict(found.network.named_parameters()), golden_case.under("outputs/train.grad.")
+    for name, expected in wanted.items():
         name, _, cut = name.partition("[")
         gradient = parameters[name].grad
         kept = gradient[: len(expected)] if name == "token_emb.weight" else gradient[..., : expected.shape[-1]]
         close(kept if cut else gradient, expected)
+    assert wanted and all(parameter.grad is not None for parameter in parameters.values())
+    assert not found.network.token_emb.weight.grad[found.tokenizer.num_codes :].any()
 
 
 class Given:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.errors import UserError
-from diffrep.randomness import stream
+from diffrep.randomness import Rows, stream
 
 # Training
 
@@ -37,6 +37,13 @@ class MaskConfig(Config):
         return self
 
 
+class PairMaskConfig(MaskConfig):
+    """Of the pair of masks that ADDP learns from."""
+
+    # Who has a share of their own: all images of a step together (official: of a step on one process), or each one.
+    ratio_per: Literal["batch", "sample"] = "batch"
+
+
 def mask_ratios(config: MaskConfig) -> Tensor:
     """The table of shares, rising: cos(pi/2 k/100) for k = 99..1, those in [minimum, maximum); (R,) float32."""
     ratios = torch.cos(math.pi / 2 * (torch.arange(99, 0, -1) / 100))
@@ -51,10 +58,29 @@ def ratio_probabilities(config: MaskConfig) -> Tensor:
 
 def drawn_counts(config: MaskConfig, num_tokens: int, ratio: float, offset: float) -> tuple[int, int]:
     """Masked tokens at t and at the noisier step t + 1, from two uniform numbers in [0, 1)."""
-    ratios, cumulative = mask_ratios(config), ratio_probabilities(config).cumsum(0)
-    index = min(int(torch.searchsorted(cumulative, ratio, right=True)), len(ratios) - 1)
-    noisier = min(index + 1 + int(offset * config.offset), len(ratios) - 1)
-    return masked_count(ratios[index], num_tokens), masked_count(ratios[noisier], num_tokens)
+    masked, noisier = counts_of(config, num_tokens, torch.tensor([ratio]).double(), torch.tensor([offset]).double())
+    return int(masked), int(noisier)
+
+
+def counts_of(config: MaskConfig, num_tokens: int, ratio: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`drawn_counts` of many samples: (B,) float64 each -> (B,) int64 each, on the CPU."""
+    cumulative = ratio_probabilities(config).cumsum(0)
+    counts = torch.tensor([masked_count(r, num_tokens) for r in mask_ratios(config)])
+    index = torch.searchsorted(cumulative, ratio, right=True).clamp(max=len(counts) - 1)
+    noisier = (index + 1 + (offset * config.offset).long()).clamp(max=len(counts) - 1)
+    return counts[index], counts[noisier]
+
+
+def pair_counts(config: PairMaskConfig, num_tokens: int, rng: Rows) -> tuple[Tensor, Tensor, float]:
+    """Masked tokens of this process's rows at t and t + 1, (B,) int64 each, and the mean at t of the global batch."""
+    if config.ratio_per == "batch":
+        masked, noisier = drawn_counts(config, num_tokens, rng.shared(), rng.shared())
+        size = rng.total if rng.rows is None else len(rng.rows)
+        return torch.full((size,), masked), torch.full((size,), noisier), float(masked)
+    every = Rows(rng.generator, rng.total)
+    counts = counts_of(config, num_tokens, *(every.uniform().cpu().double() for _ in range(2)))
+    here = slice(None) if rng.rows is None else rng.rows.cpu()
+    return counts[0][here], counts[1][here], float(counts[0].double().mean())
 
 
 def masked_count(ratio: Tensor, num_tokens: int) -> int:
@@ -62,8 +88,11 @@ def masked_count(ratio: Tensor, num_tokens: int) -> int:
     return int(torch.ceil(num_tokens * ratio))
 
 
-def lowest(values: Tensor, count: int) -> Tensor:
-    """(B, L) -> bool mask of the ``count`` smallest of each row; masks of larger counts hold those of smaller ones."""
+def lowest(values: Tensor, count: int | Tensor) -> Tensor:
+    """(B, L) -> bool mask of the ``count`` smallest of each row; masks of larger counts hold those of smaller ones.
+
+    count: of every row, or (B, 1) of each.
+    """
     return values.argsort(dim=1, stable=True).argsort(1) < count
 
 

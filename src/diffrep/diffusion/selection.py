@@ -136,7 +136,6 @@ def resolved(config: TimestepConfig) -> tuple[TimestepConfig, Probed | None]:
     return config.model_copy(update={"select": "fixed", "values": (found.timestep,), "probe": None}), found
 
 
-
 BINS = 32  # of the log's histogram of chosen timesteps
 
 

@@ -22,6 +22,7 @@ from diffrep.data.images import IMAGE_SUFFIXES, Part, Stream
 from diffrep.errors import UserError, nearest
 from diffrep.files import write_atomic
 from diffrep.frozen.tokens import Tokenizer, load_tokenizer
+from diffrep.models.vqgan import perplexity
 
 BLOCK = 16  # images of a data set at once
 
@@ -39,14 +40,13 @@ class Tally:
 
     def found(self) -> dict[str, Any]:
         """perplexity: exp of the entropy of the codes; mse: the mean over images, in [0, 1]; psnr: of that mean, dB."""
-        share, mse = self.chosen / self.chosen.sum(), math.fsum(self.errors) / len(self.errors)
-        used = int((self.chosen > 0).sum())
+        mse, used = math.fsum(self.errors) / len(self.errors), int((self.chosen > 0).sum())
         return {
             "images": len(self.errors),
             "codes": len(self.chosen),
             "codes_used": used,
             "share_used": used / len(self.chosen),
-            "perplexity": float(torch.special.entr(share.double()).sum().exp()),
+            "perplexity": float(perplexity(self.chosen)),
             "mse": mse,
             "psnr": -10 * math.log10(mse) if mse else None,
         }
@@ -83,15 +83,37 @@ def tokenize(
     with progress("images") as told:
         for block in blocks:
             pixels = block.to(device).float() / 255
-            grid, ids = loaded.grid(pixels), loaded.encode(pixels)
-            drawn = loaded.decode(loaded.lookup(ids), grid).float().clamp(0, 1)
+            ids, drawn = copied(loaded, pixels)
             tally.add(ids, pixels, drawn)
             told(len(tally.errors), total)
+    grid = loaded.grid(pixels)
     if target is not None:
         write_atomic(target, _png(drawn[0]))
     found = {"tokenizer": loaded.name, "licence": loaded.licence, **tally.found()}
     found |= {"image_size": list(pixels.shape[-2:]), "grid": list(grid), "out": str(target) if target else None}
     return found | ({"ids": ids[0].unflatten(0, grid).tolist()} if total == 1 else {})
+
+
+def copied(tokenizer: Tokenizer, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) of images (B, 3, H, W) in [0, 1], and what they give back, held there."""
+    ids = tokenizer.encode(pixels)
+    return ids, tokenizer.decode(tokenizer.lookup(ids), tokenizer.grid(pixels)).float().clamp(0, 1)
+
+
+def reconstruction_scores(tokenizer: Tokenizer, test: ImageSet, device: torch.device) -> dict[str, Any]:
+    """``psnr`` of the mean squared error in dB, ``test_codes_used`` in percent and ``test_perplexity``, of all images.
+
+    Where the copies are perfect there is no ``psnr``.
+    """
+    tally = Tally(torch.zeros(tokenizer.num_codes, dtype=torch.int64))
+    for block in _blocks(test):
+        pixels = block.to(device).float() / 255
+        ids, drawn = copied(tokenizer, pixels)
+        tally.add(ids, pixels, drawn)
+    found = tally.found()
+    scores = {"test_codes_used": 100 * found["share_used"], "test_perplexity": found["perplexity"]}
+    scores |= {"psnr": found["psnr"]} if found["psnr"] is not None else {}
+    return {name: round(score, 3) for name, score in scores.items()} | {"test_images": found["images"]}
 
 
 def _check_target(out: Path | None, sources: Sequence[str], total: int) -> None:

@@ -28,6 +28,7 @@ from diffrep.models.addp_files import KINDS, WORDS, Heads, OfficialFile, describ
 from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig
 from diffrep.models.convert import fitted, unwrap
 from diffrep.models.masked_vit import TokenPredictor
+from diffrep.models.some_rows import places, predicted_at
 from diffrep.models.stored import read_checkpoint
 from diffrep.models.vqgan import VQGAN
 from diffrep.models.weights import read_weights, write_weights
@@ -121,6 +122,25 @@ class FrozenPredictor(FrozenModule):
         """Ids (B, L), mask (B, L) bool, True where hidden -> (B, L, K)."""
         self.follow(ids)
         return self.module.probabilities(ids, mask)
+
+    @torch.no_grad()
+    def probabilities_at(self, ids: Tensor, mask: Tensor, read: Tensor, dropout: bool = False) -> Tensor:
+        """:meth:`probabilities` at masked positions that are read.
+
+        Args:
+            ids: (B, L). mask: (B, L) bool. read: (B, L) bool, inside ``mask``.
+            dropout: answer as in training, by chance (only the official code wants that of a teacher).
+
+        Returns:
+            (M, K): of all M positions read, image by image, row by row.
+        """
+        self.follow(ids)
+        asked = places(read)
+        self.module.train(dropout)
+        try:
+            return asked.joined(predicted_at(self.module, ids, mask, places(~mask).index, asked.index))
+        finally:
+            self.module.eval()
 
 
 class FrozenADDP(FrozenModule):

@@ -2,20 +2,26 @@
 
 Training (figure 4): an image x_0 has ids z_0; m_t inside m_{t+1} say which tokens are masked. The token predictor q
 names what is masked; its expected codes at t + 1 are decoded, with the reliable tokens, to pixels x_t; the network
-learns q(z_{t-1} | z_t) from x_t and the reliable ids. Generation (figure 5) alternates: pixels to a distribution over
+learns q(z_{t-1} | z_t) from x_t and the reliable ids. Rows and passes that no loss or gradient depends on are left
+out (:mod:`diffrep.models.some_rows`). Generation (figure 5) alternates: pixels to a distribution over
 ids, ids drawn, the least sure masked again, codes to pixels.
-Letters: B images, L tokens, K codes, V = K + 1001 rows of the vocabulary, c latent channels.
+Letters: B images, L tokens of which M are masked in the whole batch, K codes, V = K + 1001 rows of the vocabulary,
+c latent channels.
 
 Deviations from `main_pretrain.py` and `models_addp.py`: frozen networks stay in eval mode (the official loop turns the
-predictor's dropout on again); the share of masked tokens is drawn from the run's seed (official: partly from a
-generator that nobody seeds); codebook and grid sizes come from the networks. Generation reads no image where none is
-needed and no predictor, leaves out steps that cannot change the image, draws each image from its own seed, and takes
-the first pixels of a repair from visible tokens alone (official: from the true image, hidden parts included).
+predictor's dropout on again: ``predictor_dropout``); ids are found in float32 whatever the precision; the share of
+masked tokens is drawn from the run's seed (official: partly from a generator that nobody seeds) and is one for a step
+on all processes (official: one for each process); codebook and grid sizes come from the networks. Generation reads no
+image where none is needed and no predictor, leaves out steps that cannot change the image, draws each image from its
+own seed, and takes the first pixels of a repair from visible tokens alone (official: from the true image, hidden parts
+included).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,18 +37,21 @@ from diffrep.data.batch import Batch
 from diffrep.diffusion.masking import (
     AlternationConfig,
     Draws,
-    MaskConfig,
+    PairMaskConfig,
     choice_temperature,
     confidence,
-    drawn_counts,
     lowest,
     masked_after,
+    pair_counts,
     within_top_p,
 )
+from diffrep.errors import UserError
+from diffrep.frozen.passes import PassConfig, running
 from diffrep.frozen.tokens import Tokenizer, load_predictor, load_tokenizer, write_network
 from diffrep.methods.base import Method, MethodConfig, save_student
 from diffrep.models.addp_vit import MEAN, STD, ADDPVit, ADDPVitConfig, timm_state
 from diffrep.models.masked_vit import TransformerConfig
+from diffrep.models.some_rows import Places, predicted_at
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
 
@@ -54,10 +63,14 @@ class ADDPConfig(MethodConfig):
     tokenizer: str  # a run folder or a file
     token_predictor: str
     network: TransformerConfig = TransformerConfig()
-    mask: MaskConfig = MaskConfig()
+    mask: PairMaskConfig = PairMaskConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     codes_alone: bool = False  # in the loss: leave out the 1001 ids that never occur; official: all V compete
     keep_tokenizer_norm: bool = False  # in the exported ViT; official fine-tuning drops it
+    # Of predictor and decoder; ids are found in float32 always. None: as train.precision.
+    frozen_precision: Literal["fp32", "bf16"] | None = None
+    predictor_dropout: Literal["official"] | None = None  # official: the teacher's dropout is on; null: it is off
+    checkpoint_blocks: bool = False  # less memory: a block's inside is computed again in the backward pass
 
 
 # Training
@@ -66,53 +79,103 @@ class ADDPConfig(MethodConfig):
 class ADDP(Method):
     """One step of figure 4."""
 
-    uses_all_parameters = False  # where everything is masked, nothing is read of the encoder
-
     def __init__(self, config: ADDPConfig, num_classes: int, image_size: int, allow_code: bool = False) -> None:
         super().__init__()
         self.config, self.tokenizer = config, load_tokenizer(config.tokenizer)
         self.predictor = load_predictor(config.token_predictor, self.tokenizer)
+        self._check_sizes(image_size)
         shape = {"image_size": image_size, "patch_size": self.tokenizer.stride, "num_codes": self.tokenizer.num_codes}
         self.network = ADDPVit(config_of(config.network, shape))
+        self.network.checkpoint_blocks = config.checkpoint_blocks
         frozen = (self.tokenizer, self.predictor)
         self.licence = "; ".join([Method.licence, *(f"taught by {one.name} ({one.licence})" for one in frozen)])
 
+    def _check_sizes(self, image_size: int) -> None:
+        height, width = self.tokenizer.grid(torch.empty(1, 3, image_size, image_size, device="meta"))
+        if not self.tokenizer.module.config.decoder:
+            raise UserError(f"the tokenizer {self.tokenizer.name} has no decoder, and ADDP learns from decoded pixels")
+        if (known := self.predictor.module.config.num_tokens) != height * width:
+            found = f"{height * width} tokens of {self.tokenizer.name}, the token predictor {self.predictor.name}"
+            raise UserError(f"images of {image_size} pixels are {found} knows {known}; see data.image_size")
+
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         ids = self.tokenizer.encode(batch.images)  # z_0
-        masked, noisier = drawn_counts(self.config.mask, ids.shape[1], rng.shared(), rng.shared())
+        masked, noisier, mean = pair_counts(self.config.mask, ids.shape[1], rng)
         order = rng.uniform(ids.shape[1]).to(ids.device)
-        m_t, m_next = lowest(order, masked), lowest(order, noisier)
-        x_t, target = self.teach(ids, m_t, m_next)
-        logits = self.network(x_t, ids, m_t)[..., : self.tokenizer.num_codes if self.config.codes_alone else None]
-        each = losses.soft_token_cross_entropy(logits, target, self.config.label_smoothing)
-        return {"loss": losses.mean_at(each, m_t), "masked_share": m_t.float().mean()}
+        m_t, m_next = (lowest(order, counts[:, None].to(ids.device)) for counts in (masked, noisier))
+        # Over the global batch a mean of masked tokens, however it is split over processes and micro-batches.
+        loss = self.losses(ids, m_t, m_next).sum() / (mean * len(ids))
+        return {"loss": loss, "masked_share": m_t.float().mean()}
 
-    def teach(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t (B, 3, H, W), not held in [0, 1], and the target q(z_{t-1} | z_t) (B, L, K)."""
-        soft = self.tokenizer.soft(self.predictor.probabilities(ids, m_next))  # f: expected codes
-        z_t = torch.where(m_t[..., None], soft, self.tokenizer.lookup(ids))
-        return self.tokenizer.decode(z_t, self.network.config.grid), self.predictor.probabilities(ids, m_t)
+    def losses(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> Tensor:
+        """Of each masked token, (M,): soft cross-entropy, the KL divergence up to the target's entropy."""
+        x_t, target = self.teach(ids, m_t, m_next)
+        rows = self.tokenizer.num_codes if self.config.codes_alone else None
+        logits = self.network.masked_logits(x_t, ids, m_t, rows)
+        each = losses.soft_token_cross_entropy(logits[None], target[None], self.config.label_smoothing)[0]
+        return each + self.network.nothing() if x_t is None else each
+
+    @torch.no_grad()
+    def teach(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x_t (B, 3, H, W), not held in [0, 1], None where everything is masked; q(z_{t-1} | z_t) there, (M, K)."""
+        with self._frozen_pass(ids.device):
+            if bool(m_t.all()):
+                return None, self._blank_target(ids, m_t)
+            target, guess = self._asked(ids, m_t, m_next)
+            z_t = self.tokenizer.lookup(ids)
+            z_t[m_t] = self.tokenizer.soft(guess).to(z_t.dtype)  # f: expected codes
+            return self.tokenizer.decode(z_t, self.network.config.grid).float(), target
+
+    def _asked(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> tuple[Tensor, Tensor]:
+        """q(z | z_t) and q(z | z_{t+1}) where m_t is, (M, K) each: one batch, of an image with equal masks one pass."""
+        official = self.config.predictor_dropout == "official"
+        apart, masked = (m_t != m_next).any(1) | official, int(m_t.sum())
+        both = ((ids, ids), (m_t, m_next), (m_t, m_t))
+        found = self.predictor.probabilities_at(*(torch.cat([a, b[apart]]) for a, b in both), dropout=official)
+        target = found[:masked]
+        guess = target.clone()
+        guess[apart[:, None].expand_as(m_t)[m_t]] = found[masked:]
+        return target, guess
+
+    def _blank_target(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of masks alone: one table for all images, unless chance is in it."""
+        if self.config.predictor_dropout == "official":
+            return self.predictor.probabilities_at(ids, mask, mask, dropout=True)
+        return self.predictor.probabilities_at(ids[:1], mask[:1], mask[:1]).repeat(len(ids), 1)
+
+    def _frozen_pass(self, device: torch.device) -> AbstractContextManager[None]:
+        precision = self.config.frozen_precision
+        return running(PassConfig(precision=precision), device) if precision else contextlib.nullcontext()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"addp": [p for p in self.parameters() if p.requires_grad]}
 
+    def depths(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+        """The head's bias over the vocabulary is stored with three dimensions, and is a bias all the same."""
+        return [], [self.network.mlm_layer.bias]
+
     def dry_step(self, images: Tensor) -> None:
         """At the law's mean share of masked tokens, which is near three quarters."""
-        ids = torch.zeros(len(images), self.network.config.num_tokens, dtype=torch.int64, device=images.device)
-        latent = self.network.encode(images)
-        slots = latent.repeat(1, 2, 1)[:, : latent.shape[1] + ids.shape[1] // 4]
-        y = self.network.decoder_blocks(self.network.decoder_embed(slots))
-        self.network.mlm_layer(y, self.network.token_emb.weight).sum().backward()
+        ids, visible, masked = self._three_quarters(images.device, len(images))
+        self.network.answer(images, ids, ids == 0, visible, masked).sum().backward()
 
     def frozen_multiply_adds(self) -> int:
-        """Encode and decode an image, ask the predictor twice."""
-        shape, tokens = self.network.config, self.network.config.num_tokens
+        """Encode and decode an image, ask the predictor twice; at the same share."""
+        shape, predictor = self.network.config, self.predictor.module
         image = torch.zeros(1, 3, shape.image_size, shape.image_size)
         latents = torch.zeros(1, self.tokenizer.module.config.z_channels, *shape.grid)
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
         halves = (self.tokenizer.module.encoder, image), (self.tokenizer.module.decoder, latents)
         counted = sum(multiply_adds(on_meta(half, given)) for half, given in halves if half is not None)
-        return counted + 2 * multiply_adds(on_meta(self.predictor.module, ids, ids == 0))
+        with torch.device("meta"):
+            blank = type(predictor)(predictor.config)
+        ids, visible, masked = self._three_quarters(torch.device("meta"), 1)
+        return counted + 2 * multiply_adds(lambda: predicted_at(blank, ids, ids == 0, visible.index, masked.index))
+
+    def _three_quarters(self, device: torch.device, batch: int) -> tuple[Tensor, Places, Places]:
+        """Ids, and where a mask of three quarters of them is False and True."""
+        order = torch.arange(self.network.config.num_tokens, device=device).expand(batch, -1)
+        shown = order.shape[1] // 4
+        return torch.zeros_like(order), Places(order[:, :shown], None), Places(order[:, shown:], None)
 
     @property
     def student(self) -> Student:

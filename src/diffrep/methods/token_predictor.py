@@ -1,11 +1,12 @@
 """MAGE's token predictor: name the hidden ids of a partly masked image (Li et al. 2023, section 3).
 
-Loss: cross-entropy over the codebook at masked positions, with label smoothing. :func:`mage` generates with the
-predictor alone: the rival of ADDP's alternation.
-Letters: B images, L tokens, K codes.
+Loss: cross-entropy over the codebook at masked positions, with label smoothing. Of the masked tokens the encoder is
+shown some as the mask id and, if ``drop_ratio`` says so, others not at all; the decoder sees the class slot's feature
+in the place of each. :func:`mage` generates with the predictor alone: the rival of ADDP's alternation.
+Letters: B images, L tokens, D width, K codes.
 
-Deviations from `main_pretrain.py` of MAGE: the encoder sees the mask id where a token is hidden instead of dropping
-half of the tokens (it saves time there and changes what the network is asked); one masked share for a whole batch.
+Deviations from `main_pretrain.py` of MAGE: nothing is dropped unless ``drop_ratio`` is set (there 0.5; ADDP and the
+generation ask the predictor with nothing dropped); one masked share for a whole batch.
 Generation draws each image from its own seed (official: from the number of its batch), and may begin with some tokens
 visible.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffrep import losses
@@ -49,6 +50,14 @@ class TokenPredictorMethodConfig(MethodConfig):
     network: TransformerConfig = TransformerConfig()
     mask: MaskConfig = MaskConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    drop_ratio: float = Field(0.0, ge=0, lt=1)  # of all tokens; so many masked ones the encoder is not shown; MAGE: 0.5
+
+    @model_validator(mode="after")
+    def _fits(self) -> TokenPredictorMethodConfig:
+        if self.drop_ratio > self.mask.minimum:
+            least = f"mask.minimum {self.mask.minimum}"
+            raise ValueError(f"drop_ratio {self.drop_ratio}: only masked tokens are dropped, of which {least} is sure")
+        return self
 
 
 class TokenPredictorMethod(Method):
@@ -68,18 +77,29 @@ class TokenPredictorMethod(Method):
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         ids = self.tokenizer.encode(batch.images)  # (B, L)
         masked, _ = drawn_counts(self.config.mask, ids.shape[1], rng.shared(), rng.shared())
-        mask = lowest(rng.uniform(ids.shape[1]), masked).to(ids.device)
-        logits = self.network(ids, mask, self.tokenizer.num_codes)[:, 1:]
+        order = rng.uniform(ids.shape[1]).to(ids.device)
+        mask = lowest(order, masked)
+        logits = self.network(ids, mask, self.tokenizer.num_codes, self.shown(order))[:, 1:]
         each = losses.token_cross_entropy(logits, ids, self.config.label_smoothing)
         correct = (logits.detach().argmax(2) == ids) & mask
         return {"loss": losses.mean_at(each, mask), "masked_top1": correct.sum() / mask.sum()}
+
+    def shown(self, order: Tensor) -> Tensor | None:
+        """What the encoder sees, (B, S): all but the first ceil(drop_ratio L) of those that are masked; None: all."""
+        dropped = math.ceil(self.config.drop_ratio * order.shape[1])
+        return order.argsort(dim=1, stable=True)[:, dropped:].sort(1).values if dropped else None
+
+    @property
+    def student(self) -> TokenEncoder:
+        """The encoder as it has come, to be judged by its features."""
+        return TokenEncoder(self.network, self.tokenizer)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"token_predictor": [p for p in self.parameters() if p.requires_grad]}
 
     def dry_step(self, images: Tensor) -> None:
         ids = torch.zeros(len(images), self.network.config.num_tokens, dtype=torch.int64, device=images.device)
-        self.network(ids, ids == 0).sum().backward()
+        self.network(ids, ids == 0, shown=self.shown(ids)).sum().backward()
 
     def frozen_multiply_adds(self) -> int:
         image = torch.zeros(1, 3, self.image_size, self.image_size)
@@ -90,6 +110,22 @@ class TokenPredictorMethod(Method):
         write_network(run_dir, "token_predictor", self.network, run_dir.name, self.licence)
         write_network(run_dir, "tokenizer", self.tokenizer.module, self.tokenizer.name, self.tokenizer.licence)
         return {}
+
+
+class TokenEncoder(nn.Module):
+    """Images to MAGE's features: all ids shown, the encoder's output averaged over the tokens.
+
+    backbone: the predictor, which has no classifier.
+    """
+
+    def __init__(self, backbone: TokenPredictor, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.backbone, self.tokenizer = backbone, tokenizer
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D)."""
+        ids = self.tokenizer.encode(images)
+        return self.backbone.encode(ids, torch.zeros_like(ids, dtype=torch.bool))[:, 1:].mean(1)
 
 
 # Generation

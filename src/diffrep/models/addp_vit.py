@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffrep import _torchvision_compat
 from diffrep.models.masked_vit import (
@@ -27,6 +28,7 @@ from diffrep.models.masked_vit import (
     layer_norm,
     transformer_fields,
 )
+from diffrep.models.some_rows import Places, among, block_at, places, put_back
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, whatever the data: the network's own
 
@@ -75,7 +77,12 @@ class PatchEmbed(nn.Module):
 
 
 class ADDPVit(nn.Module):
-    """p_theta(z_{t-1} | x_t, z_t): pixels (B, 3, H, W), ids (B, L) and a mask (B, L) -> logits."""
+    """p_theta(z_{t-1} | x_t, z_t): pixels (B, 3, H, W), ids (B, L) and a mask (B, L) -> logits.
+
+    checkpoint_blocks: the backward pass computes each block again instead of keeping what is inside it.
+    """
+
+    checkpoint_blocks = False
 
     def __init__(self, config: ADDPVitConfig) -> None:
         super().__init__()
@@ -121,17 +128,68 @@ class ADDPVit(nn.Module):
         Returns:
             (B, 1 + L + n, V); positions are 1..L.
         """
-        hidden = F.pad(mask, (1, 0))[..., None]
-        dropped = F.pad(mask, (1, 0), value=True)[..., None]
         seen = self.mask_token if latent is None else self.decoder_embed(latent)
-        places = torch.where(hidden, self.decoder_pos_mask_embed, self.decoder_pos_embed_learned)
-        y = torch.cat([torch.where(dropped, self.mask_token, seen) + places, self._reliable(ids, mask)], 1)
+        y = self._slots(seen, ids, mask, places(~mask))
         return self.mlm_layer(self.decoder_norm(self.decoder_blocks(y)), self.token_emb.weight)
 
-    def _reliable(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, n, D): the visible ids with their places."""
-        where = (~mask).nonzero()[:, 1].view(len(mask), -1)
-        return self.token_emb(ids.gather(1, where)) + self.decoder_pos_token_embed[0, 1 + where]
+    def _slots(self, seen: Tensor, ids: Tensor, mask: Tensor, visible: Places) -> Tensor:
+        """(B, 1 + L + n, D): what the decoder's first block reads; ``seen``: the embedded features of 1 + L slots."""
+        hidden = F.pad(mask, (1, 0))[..., None]
+        dropped = F.pad(mask, (1, 0), value=True)[..., None]
+        where = torch.where(hidden, self.decoder_pos_mask_embed, self.decoder_pos_embed_learned)
+        reliable = self.token_emb(ids.gather(1, visible.index)) + self.decoder_pos_token_embed[0, 1 + visible.index]
+        return torch.cat([torch.where(dropped, self.mask_token, seen) + where, reliable], 1)
+
+    # Training reads the logits of masked positions alone
+
+    def masked_logits(self, pixels: Tensor | None, ids: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        """:meth:`forward` at masked positions, and no row of it that nothing reads (see ``some_rows``).
+
+        Args:
+            pixels: (B, 3, H, W); None where everything is masked, and nothing of them would be read.
+            ids: (B, L). mask: (B, L); images may have different numbers of masked positions.
+            rows: only the first rows of the vocabulary; None: all.
+
+        Returns:
+            (M, V): of all M masked positions, image by image, row by row.
+        """
+        return self.answer(pixels, ids, mask, places(~mask), places(mask), rows)
+
+    def answer(
+        self, pixels: Tensor | None, ids: Tensor, mask: Tensor, visible: Places, masked: Places, rows: int | None = None
+    ) -> Tensor:
+        """:meth:`masked_logits`, told where the mask is False and True."""
+        slots = 1 + mask.shape[1]
+        seen = self.mask_token if pixels is None else self._seen(pixels, 1 + visible.index)
+        y = self._slots(seen, ids, mask, visible)
+        # Where images differ in visible tokens, what fills up the shorter ones is looked at by nobody.
+        looked_at = None if visible.real is None else F.pad(visible.real, (slots, 0), value=True)
+        y = masked.joined(self._through(self.decoder_blocks, y, 1 + masked.index, looked_at))
+        return self.mlm_layer(self.decoder_norm(y)[None], self.token_emb.weight[:rows])[0]
+
+    def _seen(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """(B, 1 + L, D): embedded features of the encoder at ``rows``, 0 elsewhere."""
+        x = self._through(self.blocks, self.embed(pixels), rows)
+        return put_back(self.decoder_embed(self.norm(x)), rows, 1 + self.config.num_tokens)
+
+    def _through(self, stack: nn.Sequential, x: Tensor, rows: Tensor, looked_at: Tensor | None = None) -> Tensor:
+        """All blocks, the last at ``rows`` alone."""
+        for block in stack[:-1]:
+            x = self._block(block, x, among(looked_at))
+        return self._block(block_at, stack[-1], x, rows, looked_at)
+
+    def _block(self, run: Any, *given: Any) -> Tensor:
+        return checkpoint(run, *given, use_reentrant=False) if self.checkpoint_blocks else run(*given)
+
+    def nothing(self) -> Tensor:
+        """0, that has a gradient of zero at everything that reads pixels.
+
+        Without it these parameters had no gradient where everything is masked, and the optimiser, which then leaves
+        out weight decay and momentum, would do something else than after a pass whose gradient is zero.
+        """
+        parts = (self.patch_embed, self.tokenizer_norm, self.blocks, self.norm, self.decoder_embed)
+        readers = [self.cls_token, self.pos_embed, *(p for part in parts for p in part.parameters())]
+        return torch.stack([p.flatten()[:0].sum() for p in readers]).sum()
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, L, V)."""

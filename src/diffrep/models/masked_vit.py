@@ -138,14 +138,26 @@ class TokenPredictor(nn.Module):
         self.decoder_norm, self.mlm_layer = layer_norm(width), TokenHead(width, self.vocabulary.rows)
         initialise(self, config.init_std)
 
-    def forward(self, ids: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
-        """mask: bool, True where hidden. rows: only the first rows of the vocabulary; None: all."""
-        x = self.norm(self.blocks(self.token_emb(self.sequence(ids, mask))))  # (B, 1 + L, D)
-        y = self.decoder_embed(x)
-        hidden = F.pad(mask, (1, 0))[..., None]
+    def forward(self, ids: Tensor, mask: Tensor, rows: int | None = None, shown: Tensor | None = None) -> Tensor:
+        """mask: bool, True where hidden. rows: only the first rows of the vocabulary; None: all. shown: see encode."""
+        y, hidden = self.decoder_embed(self.encode(ids, mask, shown)), F.pad(mask, (1, 0))[..., None]
+        if shown is not None:
+            y = y[:, :1].expand(-1, hidden.shape[1], -1).scatter(1, _slots(shown, y.shape[2]), y)
         y = torch.where(hidden, y[:, :1], y) + self.decoder_pos_embed_learned  # official: padded with the class slot
         y = self.decoder_norm(self.decoder_blocks(y))
         return self.mlm_layer(y, self.token_emb.word_embeddings.weight[:rows])
+
+    def encode(self, ids: Tensor, mask: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Features (B, 1 + L, D), the class slot's first.
+
+        Args:
+            shown: (B, S) positions of the tokens that go in, rising; those left out are masked ones. The features are
+                then (B, 1 + S, D). None: all.
+        """
+        x = self.token_emb(self.sequence(ids, mask))
+        if shown is not None:
+            x = x.gather(1, _slots(shown, x.shape[2]))
+        return self.norm(self.blocks(x))
 
     def sequence(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, 1 + L): the class slot, then the ids with the mask id where hidden."""
@@ -155,6 +167,11 @@ class TokenPredictor(nn.Module):
     def probabilities(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, K): class and mask rows are cut off before the softmax."""
         return self(ids, mask, self.config.num_codes)[:, 1:].float().softmax(2)
+
+
+def _slots(shown: Tensor, width: int) -> Tensor:
+    """Positions (B, S) of tokens -> of the class slot and theirs behind it, once per channel, (B, 1 + S, D)."""
+    return F.pad(shown + 1, (1, 0))[..., None].expand(-1, -1, width)
 
 
 def transformer_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:

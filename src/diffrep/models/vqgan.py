@@ -185,9 +185,16 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, c, h, w) -> ids (B, L): argmin |z|^2 + |e|^2 - 2 z e, the first where several are equally near."""
-        flat, codes = z.flatten(2).transpose(1, 2).float(), self.embedding.weight.float()
-        distance = flat.square().sum(2, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
+        with torch.autocast(z.device.type, enabled=False):  # near a boundary half precision names others
+            flat, codes = z.flatten(2).transpose(1, 2).float(), self.embedding.weight.float()
+            distance = flat.square().sum(2, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
         return distance.argmin(2)
+
+
+def perplexity(chosen: Tensor) -> Tensor:
+    """How many codes, all used alike, would be as hard to guess: exp of the entropy of (K,) counts, ()."""
+    share = chosen.double() / chosen.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(share).sum().exp()
 
 
 class VQGAN(nn.Module):

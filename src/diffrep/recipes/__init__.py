@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from diffrep.recipes import (
     addp,
+    addp_cifar10,
     addp_finetune,
+    addp_pretrain,
     addp_released,
     baselines,
     clean_input,
@@ -38,6 +40,8 @@ ROOMS = (
     dmkd_imagenet,
     dmkd_more,
     addp,
+    addp_cifar10,
+    addp_pretrain,
     addp_released,
     addp_finetune,
     finetune,

@@ -45,7 +45,8 @@ def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False
 
 
 FAITHFUL = "_faithful"
-WHERE = ("teacher", "features", "answers", "init", "passes")  # where networks lie and how they are run; not what is done
+# Where networks lie and how they are run, not what is done.
+WHERE = ("teacher", "features", "answers", "init", "passes")
 
 
 def _check_faithful(task: Recipe) -> None:

@@ -23,15 +23,19 @@ class Measure:
 DISTANCE = Measure(is_percent=False, is_low_better=True, is_share=False)
 FINE = Measure(is_percent=False, is_low_better=True, is_share=False, digits=4)
 PART = Measure(is_percent=False, is_share=False, digits=3)  # of one, as torch-fidelity says it
+PLAIN = Measure(is_percent=False, is_share=False)
 MEASURES = {
     "ece": Measure(is_low_better=True, is_share=False),
     "frechet": DISTANCE,
     "kernel": FINE,
     "fid": DISTANCE,
     "kid": FINE,
-    "is": Measure(is_percent=False, is_share=False),
+    "is": PLAIN,
     "precision": PART,
     "recall": PART,
+    "psnr": PLAIN,
+    "test_perplexity": PLAIN,
+    "test_codes_used": Measure(is_share=False),
 }
 
 COUNTED = {"linear_probe": "linear probe", "knn": "k-NN"}  # names that end in a number of labels
@@ -47,6 +51,9 @@ WORDS = {
     "fid": "FID in torch-fidelity's Inception",
     "kid": "KID in torch-fidelity's Inception",
     "is": "Inception score",
+    "psnr": "PSNR of its copies",
+    "test_codes_used": "codes that test images use",
+    "test_perplexity": "perplexity of those codes",
 }
 MEANING = {
     "linear_probe": "Linear probe: the network is frozen and the simplest classifier learns from its output.",
@@ -77,6 +84,11 @@ MEANING = {
     "is": "Inception score: how sure Inception is of each image, and how different its answers are; higher is better.",
     "precision": "Precision: the part of made images that lie among real ones.",
     "recall": "Recall: the part of real images that lie among those made.",
+    "psnr": (
+        "PSNR: ten times the logarithm of one over the mean squared error of the copies, in decibels; higher is better."
+    ),
+    "test_codes_used": "Codes that test images use: of the codebook, those that stand for some part of some image.",
+    "test_perplexity": "Perplexity: how many codes, all used alike, would be as hard to guess.",
 }
 
 
