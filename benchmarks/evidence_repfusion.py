@@ -69,8 +69,8 @@ def _opening(arms: Arms) -> list[str]:
         f"Made by `make evidence-repfusion` (`diffrep run repfusion_cifar10_small`), one thread per process on a CPU. "
         f"CIFAR-10, ResNet-20, {LABELS:,} labels; percent correct on {tested:,} test images, mean ± standard deviation "
         f"over {len(seeds)} seeds; a cell without ± is of one seed. A seed draws the labels, all networks and the "
-        "order of images anew; within a seed all arms share labels and order, so compare arms seed by seed, as below. A "
-        f"score near 50 % has a binomial standard error of {error:.1f} points. The arms behind the table: "
+        "order of images anew; within a seed all arms share labels and order, so compare arms seed by seed, as below. "
+        f"A score near 50 % has a binomial standard error of {error:.1f} points. The arms behind the table: "
         "`docs/results/data/repfusion_cifar10_small-*.json`.",
         "",
         f"The teacher is `{TEACHER}`: 2.6 M parameters, trained without labels for 49 minutes on two cores "
