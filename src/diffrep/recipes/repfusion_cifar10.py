@@ -43,8 +43,7 @@ HINT: dict[str, Any] = {
 NEEDS = (
     "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)",
     "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)",
-    "package: lightly, for the self-supervised arm (in the extra selfsup)",
-)
+)  # and lightly, for the self-supervised arm: the extra selfsup
 ARMS = {
     "scratch": "from scratch, labels only",
     "random": "random teacher",
