@@ -68,7 +68,7 @@ def _opening(arms: Arms) -> list[str]:
         "",
         f"Made by `make evidence-repfusion` (`diffrep run repfusion_cifar10_small`), one thread per process on a CPU. "
         f"CIFAR-10, ResNet-20, {LABELS:,} labels; percent correct on {tested:,} test images, mean ± standard deviation "
-        f"over {len(seeds)} seeds; a cell without ± is of one seed. A seed draws the labels, all networks and the "
+        f"over {len(seeds)} seeds, or as many as (n) says. A seed draws the labels, all networks and the "
         "order of images anew; within a seed all arms share labels and order, so compare arms seed by seed, as below. "
         f"A score near 50 % has a binomial standard error of {error:.1f} points. The arms behind the table: "
         "`docs/results/data/repfusion_cifar10_small-*.json`.",
@@ -101,15 +101,22 @@ def _table(arms: Arms) -> Iterator[str]:
         parts = [arms[stage] for stage in dict.fromkeys((name, tuned)) if stage in arms]
         seconds = sum(statistics.mean(a["cpu_seconds"] for a in part.values()) for part in parts)
         work = sum(next(iter(part.values()))["multiply_adds"] for part in parts)
-        frozen = "-" if name == "scratch" else spread(arms.get(name, {}), FROZEN)
-        cells = [spread(arms[tuned], TUNED), worth, frozen, f"{seconds:.0f}", amount(work), BUILDS_ON.get(name, "DPM")]
+        frozen = "-" if name == "scratch" else _spread(arms, name, FROZEN)
+        cells = [_spread(arms, tuned, TUNED), worth, frozen, f"{seconds:.0f}", amount(work), BUILDS_ON.get(name, "DPM")]
         yield f"| {words} | {' | '.join(cells)} |"
     for count in MORE_LABELS:
         if (by_seed := arms.get(f"scratch_{count}")) is not None:
             seconds = statistics.mean(a["cpu_seconds"] for a in by_seed.values())
             work = amount(next(iter(by_seed.values()))["multiply_adds"])
-            cells = [spread(by_seed, TUNED), f"{count:,}", "-", f"{seconds:.0f}", work, "-"]
+            cells = [_spread(arms, f"scratch_{count}", TUNED), f"{count:,}", "-", f"{seconds:.0f}", work, "-"]
             yield f"| from scratch, {count:,} labels | {' | '.join(cells)} |"
+
+
+def _spread(arms: Arms, stage: str, key: str) -> str:
+    """Mean and deviation, with the number of seeds where some are missing."""
+    found = arms.get(stage, {})
+    missing = f" ({len(found)})" if 0 < len(found) < len(arms["scratch"]) else ""
+    return spread(found, key) + missing
 
 
 def _scale() -> dict[int, str]:
