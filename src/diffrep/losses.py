@@ -309,6 +309,7 @@ class FeatureLoss:
     function: Callable[[Tensor, Tensor], Tensor]  # (student, teacher) -> (B,) or ()
     needs_projector: bool  # the student must first get the teacher's width
     pools: bool  # may be given pooled features; False: maps alone, before any pooling
+    fewest: int = 1  # images it takes; above 1 it holds those of a batch against each other
 
 
 FEATURE_LOSSES = {
@@ -317,6 +318,6 @@ FEATURE_LOSSES = {
     "l2_norm": FeatureLoss(feature_mse_of_units, needs_projector=True, pools=True),
     "cosine": FeatureLoss(feature_cosine, needs_projector=True, pools=True),
     "at": FeatureLoss(attention_transfer, needs_projector=False, pools=False),
-    "rkd": FeatureLoss(rkd, needs_projector=False, pools=True),
-    "info_nce": FeatureLoss(info_nce, needs_projector=True, pools=True),
+    "rkd": FeatureLoss(rkd, needs_projector=False, pools=True, fewest=3),
+    "info_nce": FeatureLoss(info_nce, needs_projector=True, pools=True, fewest=2),
 }

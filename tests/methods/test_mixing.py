@@ -436,8 +436,9 @@ def test_what_a_mix_cannot_be_asked(kept):
     teacher, shown = load_teacher(str(folder)), batch()
     ask = partial(teacher.features, shown.images)
     assert "tap 'mid_block' does not exist in mixed, a mix; valid: descriptor" in told(lambda: ask(0, ["mid_block"]))
-    assert "leave out noise and labels" in told(lambda: ask(0, ["descriptor"], noise="forward", rng=rows()))
-    assert "leave out noise and labels" in told(lambda: ask(0, ["descriptor"], labels=shown.labels))
+    noised = told(lambda: ask(0, ["descriptor"], noise="forward", rng=rows()))
+    assert "trained to read clean images: noise 'forward' is not for it; valid: null" in noised
+    assert "leave out labels" in told(lambda: ask(0, ["descriptor"], labels=shown.labels))
     assert "timestep 1000 is outside" in told(lambda: ask(1000, ["descriptor"]))
     assert "predicts 'descriptor'; valid: epsilon" in told(lambda: DiffusionGenerator(teacher))
     assert "predicts nothing" in told(lambda: teacher.predict(shown.images, torch.zeros(6, dtype=torch.int64)))

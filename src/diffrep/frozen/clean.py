@@ -143,8 +143,7 @@ class CleanTeacher(DiffusionTeacher):
         Raises:
             UserError: as there, and ``noise`` that is not None.
         """
-        if noise is not None:
-            raise UserError(f"{self.name} was trained to read clean images: noise '{noise}' is not for it; valid: null")
+        self.check_noise(noise)
         return self.original.features(images, timestep, taps, labels=labels)
 
     def predict(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:

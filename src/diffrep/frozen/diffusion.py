@@ -111,6 +111,11 @@ class DiffusionTeacher(FrozenModule):
             found = f"{self.name} reads {self.image_size}-pixel images, not {height}x{width}"
             raise UserError(f"{found}: set data.image_size={self.image_size}")
 
+    def check_noise(self, noise: str | None) -> None:
+        """Refuse to noise images for a network that was trained to read clean ones."""
+        if noise is not None and not self.takes_noise:
+            raise UserError(f"{self.name} was trained to read clean images: noise '{noise}' is not for it; valid: null")
+
     @torch.no_grad()
     def features(
         self,
@@ -135,6 +140,7 @@ class DiffusionTeacher(FrozenModule):
         Raises:
             UserError: unknown tap, timestep outside [0, T), images of another size.
         """
+        self.check_noise(noise)
         found = [self.tap(name) for name in taps]
         steps, x = self.checked_timestep(timestep, images), self.normalise(images)
         self.follow(x)

@@ -33,8 +33,7 @@ class LiveHints:
         passes: PassConfig | None = None,
     ) -> None:
         self.network = load_teacher(reference, allow_code)
-        if noise is not None and not self.network.takes_noise:
-            raise UserError(f"method.noise: {self.network.name} reads clean images alone; leave it out")
+        self.network.check_noise(noise)
         for tap in taps:
             if len(shape := self.network.tap(tap).shape) == 2:
                 raise UserError(f"tap '{tap}' of {self.network.name} gives {shape[0]} tokens, not a map (C, h, w)")

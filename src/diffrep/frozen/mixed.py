@@ -107,8 +107,9 @@ class MixedTeacher(DiffusionTeacher):
         for tap in taps:
             self.tap(tap)
         self.checked_timestep(timestep, images)
-        if noise is not None or labels is not None:
-            raise UserError(f"{self.name} reads clean images and is told no class: leave out noise and labels")
+        self.check_noise(noise)
+        if labels is not None:
+            raise UserError(f"{self.name} mixes features of no named class: leave out labels")
         self.follow(images)
         with torch.no_grad():
             maps = self.reader.maps(images)

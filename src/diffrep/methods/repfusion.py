@@ -107,8 +107,9 @@ class RepFusionConfig(MethodConfig):
         return (PairConfig(tap=self.tap, student_tap=self.student.tap), *self.more_pairs)
 
     def compares_images(self) -> tuple[str, int] | None:
-        if self.loss in COMPARED:
-            return f"loss '{self.loss}'", COMPARED[self.loss]
+        fewest = 1 if self.loss == MEMORY else losses.FEATURE_LOSSES[self.loss].fewest
+        if fewest > 1 or self.loss == MEMORY:  # whose normaliser is that of a whole batch
+            return f"loss '{self.loss}'", fewest
         if self.timestep.select == "policy" and self.timestep.reward != "task":
             return f"reward '{self.timestep.reward}'", rewards.FEWEST
         return None
@@ -122,7 +123,6 @@ class RepFusionConfig(MethodConfig):
 
 WHOLE_MAPS = tuple(name for name, loss in losses.FEATURE_LOSSES.items() if not loss.pools)
 WIDTHS_MAY_DIFFER = (MEMORY, *(name for name, loss in losses.FEATURE_LOSSES.items() if not loss.needs_projector))
-COMPARED = {"rkd": 3, "info_nce": 2, MEMORY: 1}  # losses of a whole batch -> the fewest images
 MAX_SEPARATE = 64  # timesteps that get statistics, and a column in the log, of their own
 STATISTICS_TIMESTEPS = 16  # that a joint standardisation is estimated from, when there are more
 
@@ -160,6 +160,7 @@ class RepFusion(Method):
             self.policy = policy_network(config.timestep.policy, len(choices), image_size)
             if config.timestep.reward == "task":
                 self.task_head = mlp(self.code_size, channels, channels, num_classes)
+        self.end = max(choices) + 1  # of the log's histogram
         self.register_buffer("timesteps", torch.tensor(choices))  # saved: a probe may be made again under a run
         # Before anything is learnt the task head guesses: its reward is that of chance. Other rewards begin at 0.
         chance = -math.log(num_classes) if config.timestep.reward == "task" else 0.0
@@ -181,7 +182,7 @@ class RepFusion(Method):
         kd_loss = self.distance(imitations, codes, batch.index, rng, active)
         parts = {"kd_loss": kd_loss, "mean_timestep": self.timesteps[choice].float().mean()}
         if self.config.timestep.select != "fixed":
-            parts["chosen_timesteps"] = binned(self.timesteps[choice], max(self.config.timestep.choices()) + 1)  # (32,)
+            parts["chosen_timesteps"] = binned(self.timesteps[choice], self.end)  # (32,)
         loss = self.config.kd_weight * kd_loss
         if logits is None:
             return {"loss": loss, **parts}
@@ -238,12 +239,11 @@ class RepFusion(Method):
         self, imitations: list[Tensor], codes: list[Tensor], index: Tensor, rng: Rows, active: list[int]
     ) -> Tensor:
         """The weighted mean of the pairs' losses, ()."""
-        weights = torch.tensor([self.pairs[k].weight for k in active], device=index.device)
         each = [
-            self.comparisons[k].distance(imitation, code, index, rng)
+            self.pairs[k].weight * self.comparisons[k].distance(imitation, code, index, rng)
             for k, imitation, code in zip(active, imitations, codes, strict=True)
         ]
-        return (torch.stack(each) * weights).sum() / weights.sum()
+        return torch.stack(each).sum() / sum(self.pairs[k].weight for k in active)
 
     # The reward
 

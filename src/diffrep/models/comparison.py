@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep import losses
-from diffrep.models.contrast import ContrastiveMemory, contrast_table
+from diffrep.models.contrast import ContrastiveMemory, contrast_table, from_all_processes
 from diffrep.randomness import Rows
 
 Projector = Literal["linear", "conv"]
 LossName = Literal["l2", "l1", "l2_norm", "cosine", "at", "rkd", "info_nce", "crd"]
 MEMORY = "crd"  # the one loss that remembers images between batches
-RELATIONS = ("rkd", "info_nce")  # losses that hold images against each other
 
 
 class Comparison(nn.Module):
@@ -73,9 +72,10 @@ class Comparison(nn.Module):
     def distance(self, imitation: Tensor, code: Tensor, index: Tensor, rng: Rows) -> Tensor:
         """(): the loss of these images, whose positions in the training set are ``index`` (B,)."""
         if self.memory is None:
-            if self.loss in RELATIONS:
-                imitation, code = with_all_processes(imitation), with_all_processes(code)
-            return losses.FEATURE_LOSSES[self.loss].function(imitation, code).mean()
+            loss = losses.FEATURE_LOSSES[self.loss]
+            if loss.fewest > 1:
+                imitation, code = from_all_processes(imitation), from_all_processes(code)
+            return loss.function(imitation, code).mean()
         table = contrast_table(index, self.negatives, len(self.memory.memory_s), rng)
         return self.memory(imitation.flatten(1), code.flatten(1), table).mean()
 
@@ -88,15 +88,6 @@ class Comparison(nn.Module):
     def after_step(self) -> None:
         if self.memory is not None:
             self.memory.after_step()
-
-
-def with_all_processes(x: Tensor) -> Tensor:
-    """(B, ...) -> (B of all processes, ...), with the gradients of all: their mean is that of one process alone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
 
 
 def projector_of(kind: Projector, width_in: int, width: int) -> nn.Module:

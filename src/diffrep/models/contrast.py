@@ -95,12 +95,15 @@ class ContrastiveMemory(nn.Module):
 
 
 def from_all_processes(x: Tensor) -> Tensor:
-    """(B, ...) -> (B of all, ...), by rank; itself where there is one process."""
+    """(B, ...) -> (B of all, ...), by rank; itself where there is one process.
+
+    A loss of the whole batch that every process computes gets the gradients of all: their mean is that of one alone.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
-    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
 
 
 def nce(p: Tensor, num_images: int) -> Tensor:

@@ -27,7 +27,7 @@ from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.students import StudentConfig
 from diffrep.models.vqgan import VQGANConfig
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
-from diffrep.recipes.dmkd_cifar10 import REAL, TEACHER
+from diffrep.recipes.dmkd_cifar10 import IMAGES, REAL, TEACHER
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
@@ -37,7 +37,6 @@ NETWORK = TransformerConfig(
 )
 WARM = LrScheduleConfig(warmup_steps=100)
 LABELS, BATCH, TUNING = 1_000, 64, 1_500  # labelled images, images per step, steps of fine-tuning
-CIFAR10 = "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)"
 OF_TOKENIZER, OF_PREDICTOR = (
     f"weights: runs/{name} (diffrep run {name} --out runs/{name})"
     for name in ("tokenizer_cifar10_small", "token_predictor_cifar10_small")
@@ -54,7 +53,7 @@ def tokenizer_cifar10_small() -> Recipe:
         method=TokenizerConfig(network=network),
         optim=OptimConfig(lr=1e-3, lr_schedule=WARM),
         train=_trained(2_300),
-        needs=(CIFAR10,),
+        needs=(IMAGES,),
     )
 
 
@@ -69,7 +68,7 @@ def token_predictor_cifar10_small() -> Recipe:
         optim=_adamw(2e-3),
         train=_trained(3_000),
         evaluate=EvaluateConfig(probe_labels=(LABELS,)),
-        needs=(CIFAR10, OF_TOKENIZER),
+        needs=(IMAGES, OF_TOKENIZER),
     )
 
 
@@ -87,7 +86,7 @@ def addp_cifar10() -> Recipe:
         optim=_adamw(2e-3),
         train=_trained(3_200),
         evaluate=EvaluateConfig(probe_labels=(LABELS,)),
-        needs=(CIFAR10, OF_TOKENIZER, OF_PREDICTOR),
+        needs=(IMAGES, OF_TOKENIZER, OF_PREDICTOR),
     )
 
 
@@ -122,7 +121,7 @@ def addp_cifar10_small() -> Study:
         stages={**_joined(), **_labelled_arms(), **_drawn()},
         arms=ARMS,
         headline=f"linear_probe_{LABELS}",
-        needs=(CIFAR10, "weights: weights/resnet56_cifar10.safetensors (github.com/akamaster/pytorch_resnet_cifar10)"),
+        needs=(IMAGES, "weights: weights/resnet56_cifar10.safetensors (github.com/akamaster/pytorch_resnet_cifar10)"),
         next_commands=("diffrep generate runs/addp_cifar10_small/addp-s0 --images 16 --out runs/cifar10",),
     )
 

@@ -134,7 +134,11 @@ class Recipe(Listed):
             raise ValueError(
                 f"data.labelled_share {share} of batch_size {self.train.batch_size} is less than one image"
             )
-        if self.method.kind == "repfusion" and self.method.features and "range" in self.method.timestep.select:
+        if (
+            self.method.kind == "repfusion"
+            and self.method.features
+            and self.method.timestep.select in ("range", "ranges")
+        ):
             raise ValueError(
                 "method.features replays a list of timesteps; "
                 f"timestep.select '{self.method.timestep.select}' needs the teacher itself"

@@ -16,7 +16,7 @@ from diffrep.methods.dmkd import DMKDConfig, KdLossConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.recipes.base import MethodConfig, Recipe
-from diffrep.recipes.dmkd_cifar10 import REAL, STUDENT
+from diffrep.recipes.dmkd_cifar10 import IMAGES, REAL, STUDENT
 from diffrep.recipes.repfusion import CONV
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
@@ -50,7 +50,6 @@ def contrastive_debug() -> Recipe:
 # CIFAR-10: one recipe, one budget
 
 TEACHER = "runs/scratch_cifar10_small"
-IMAGES = "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)"
 TAUGHT = (IMAGES, f"weights: diffrep run scratch_cifar10_small --out {TEACHER}")
 
 

@@ -6,11 +6,18 @@ from diffrep.data.datasets import DataConfig
 from diffrep.frozen.passes import PassConfig
 from diffrep.methods.clean_input import CleanInputConfig
 from diffrep.recipes.base import Recipe
+from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
 # The published rate, warm-up and batch (Adam 1e-5 after 2,000 steps, 8 images) are for Stable Diffusion.
 ASSUMED = ("rate, warm-up, batch, heads' sizes, and a rate of its own for the timestep: the network is small",)
+OPTIM = OptimConfig(
+    name="adam",
+    lr=1e-4,
+    group_lr={"time": 1000, "heads": 10},
+    lr_schedule=LrScheduleConfig(name="constant", warmup_steps=50),
+)
 
 
 def clean_input_digits() -> Recipe:
@@ -25,12 +32,7 @@ def clean_input_digits() -> Recipe:
             time_width=64,
             mapping_hidden=128,
         ),
-        optim=OptimConfig(
-            name="adam",
-            lr=1e-4,
-            group_lr={"time": 1000, "heads": 10},
-            lr_schedule=LrScheduleConfig(name="constant", warmup_steps=50),
-        ),
+        optim=OPTIM,
         train=TrainConfig(steps=400, batch_size=32),
         assumed=ASSUMED,
         needs=("weights: a diffusion model of digits (diffrep run denoiser_digits --out runs/denoiser_digits)",),
@@ -42,24 +44,16 @@ def clean_input_cifar10_small() -> Recipe:
     return Recipe(
         name="clean_input_cifar10_small",
         about="A copy of a small CIFAR-10 diffusion model learns to give its features from clean images.",
-        data=DataConfig(source="cifar10:data/cifar10", augment="crop_flip:4"),
+        data=DataConfig(source=REAL, augment="crop_flip:4"),
         method=CleanInputConfig(
-            teacher="weights/ddpm_cifar10_small",
+            teacher=GENERATOR,
             taps=("up_blocks.0", "up_blocks.1", "up_blocks.2"),
             passes=PassConfig(precision="bf16"),
         ),
-        optim=OptimConfig(
-            name="adam",
-            lr=1e-4,
-            group_lr={"time": 1000, "heads": 10},
-            lr_schedule=LrScheduleConfig(name="constant", warmup_steps=50),
-        ),
+        optim=OPTIM,
         train=TrainConfig(steps=300, batch_size=32, precision="bf16"),
         assumed=ASSUMED,
-        needs=(
-            "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)",
-            "data: CIFAR-10 in data/cifar10 (diffrep data prepare cifar10 ARCHIVE data/cifar10)",
-        ),
+        needs=(DENOISER, IMAGES),
     )
 
 

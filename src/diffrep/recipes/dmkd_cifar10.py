@@ -29,10 +29,12 @@ TEACHER = ClassifierConfig(
 )
 GENERATOR = "weights/ddpm_cifar10_small"  # 2.6 M parameters, unconditional: the teacher alone says what is what
 DRAWN, STEPS = 5_000, 1_200
+IMAGES = "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)"
+DENOISER = "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)"
 NEEDS = (
-    "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)",
+    IMAGES,
     "weights: weights/resnet56_cifar10.safetensors (github.com/akamaster/pytorch_resnet_cifar10)",
-    "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)",
+    DENOISER,
 )
 
 

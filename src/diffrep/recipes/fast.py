@@ -12,12 +12,12 @@ from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Published, Recipe
-from diffrep.recipes.dmkd_cifar10 import MEAN, REAL, STD
+from diffrep.recipes.dmkd_cifar10 import IMAGES, MEAN, REAL, STD
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
-BATCH, EPOCHS, IMAGES = 2_000, 8, 45_000
-STEPS = EPOCHS * IMAGES // BATCH
+BATCH, EPOCHS, SHOWN = 2_000, 8, 45_000
+STEPS = EPOCHS * SHOWN // BATCH
 FILTERS, BIASES, HEAD = 0.24, 0.053, 0.67  # rates of Muon, of the biases and of the head, for the summed loss
 DECAY = 2e-6  # per image of a batch
 STEM_EPOCHS = 3  # in which the bias of the whitening filters learns
@@ -55,7 +55,7 @@ def classifier_cifar10_fast() -> Recipe:
             source="Jordan 2024 (arXiv 2404.00498) and its repository: 2.59 s on an A100, 0.29 PFLOP with Muon",
         ),
         assumed=ASSUMED,
-        needs=("data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)",),
+        needs=(IMAGES,),
     )
 
 

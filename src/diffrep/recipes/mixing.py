@@ -6,6 +6,7 @@ from diffrep.data.datasets import DataConfig
 from diffrep.frozen.passes import PassConfig
 from diffrep.methods.mixing import MixingConfig
 from diffrep.recipes.base import Recipe
+from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL
 from diffrep.training.optim import OptimConfig
 from diffrep.training.trainer import TrainConfig
 
@@ -38,9 +39,9 @@ def mixing_cifar10_small() -> Recipe:
     return Recipe(
         name="mixing_cifar10_small",
         about="A learned mix of four taps and three timesteps of a small diffusion model of CIFAR-10, by 1,000 labels.",
-        data=DataConfig(source="cifar10:data/cifar10", augment="crop_flip:4", labels=1000, labelled_share=1.0),
+        data=DataConfig(source=REAL, augment="crop_flip:4", labels=1000, labelled_share=1.0),
         method=MixingConfig(
-            teacher="weights/ddpm_cifar10_small",
+            teacher=GENERATOR,
             taps=("mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"),
             timesteps=(10, 50, 200),
             width=128,
@@ -49,10 +50,7 @@ def mixing_cifar10_small() -> Recipe:
         ),
         optim=OPTIM,
         train=TrainConfig(steps=250, batch_size=64),
-        needs=(
-            "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)",
-            "data: CIFAR-10 in data/cifar10 (diffrep data prepare cifar10 ARCHIVE data/cifar10)",
-        ),
+        needs=(DENOISER, IMAGES),
     )
 
 

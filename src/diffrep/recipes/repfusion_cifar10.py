@@ -23,12 +23,12 @@ from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.recipes.base import MethodConfig, Ours, Recipe, Stage, Study, SweepTask
 from diffrep.recipes.clean_input import clean_input_cifar10_small
-from diffrep.recipes.dmkd_cifar10 import REAL, STUDENT
+from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL, STUDENT
 from diffrep.recipes.mixing import mixing_cifar10_small
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.trainer import TrainConfig
 
-TEACHER, TAP = "weights/ddpm_cifar10_small", "up_blocks.1"
+TEACHER, TAP = GENERATOR, "up_blocks.1"
 LABELS = 1_000
 MORE_LABELS = (2_000, 4_000)  # of scratch, to say what a score is worth in labels
 BEST = 50
@@ -40,10 +40,6 @@ HINT: dict[str, Any] = {
     "standardise": "per_timestep",
     "passes": PassConfig(precision="bf16"),
 }
-NEEDS = (
-    "data: CIFAR-10 in data/cifar10 (or below $DIFFREP_DATA)",
-    "weights: a diffusion model of CIFAR-10 in weights/ddpm_cifar10_small (diffrep run denoiser_cifar10_small)",
-)  # and lightly, for the self-supervised arm: the extra selfsup
 ARMS = {
     "scratch": "from scratch, labels only",
     "random": "random teacher",
@@ -83,7 +79,7 @@ def repfusion_cifar10_small() -> Study:
             metric="top-1 % with 1,000 labels, the t that a probe found (scratch: 48.1 ± 1.0)",
             command="make evidence-repfusion; table in docs/results/repfusion.md",
         ),
-        needs=NEEDS,
+        needs=(IMAGES, DENOISER),  # and lightly, for the self-supervised arm: the extra selfsup
     )
 
 
