@@ -9,6 +9,7 @@ import torch
 from golden_addp import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_addp import CODES, LENGTH, SMALL, batch, images, nested
 
 from diffrep import losses
 from diffrep.assemble import multiply_adds_per_image
@@ -23,36 +24,6 @@ from diffrep.models.some_rows import places
 from diffrep.models.vqgan import VQGAN, VQGANConfig
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-
-SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_depth": 2, "decoder_num_heads": 4, "init_std": 0.5}
-LENGTH, CODES = 16, 11
-
-
-@pytest.fixture(scope="module")
-def build(token_networks):
-    """build(...) is always the same untrained method; dropout is off unless asked for."""
-
-    def make(dropout=0.0, **options) -> ADDP:
-        given = {"tokenizer": token_networks, "token_predictor": token_networks}
-        given["network"] = {**SMALL, "dropout": dropout}
-        with seeded(7, "addp"):
-            return ADDP(ADDPConfig.model_validate(given | options), 2, 8).train()
-
-    return make
-
-
-def images(count, seed=0):
-    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(count):
-    return Batch(images(count), torch.zeros(count, dtype=torch.int64), torch.arange(count))
-
-
-def nested(counts, more, seed=0):
-    """Masks of so many tokens, image by image, inside masks of more."""
-    order = torch.rand(len(counts), LENGTH, generator=torch.Generator().manual_seed(seed))
-    return tuple(lowest(order, torch.tensor(n)[:, None]) for n in (counts, more))
 
 
 def plainly(made, ids, m_t, m_next):

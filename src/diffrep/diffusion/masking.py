@@ -18,6 +18,8 @@ from diffrep.config import Config
 from diffrep.errors import UserError
 from diffrep.randomness import Rows, stream
 
+Unreliable = Literal["soft", "hard"]  # tokens: an expectation of the codebook, or one id
+
 # Training
 
 
@@ -96,6 +98,13 @@ def lowest(values: Tensor, count: int | Tensor) -> Tensor:
     return values.argsort(dim=1, stable=True).argsort(1) < count
 
 
+def drawn_ids(probabilities: Tensor, chance: Tensor) -> Tensor:
+    """(..., K), uniform numbers (...) in [0, 1) -> ids (...): the cumulative distribution inverted, in float64."""
+    cumulative = probabilities.double().cumsum(-1)
+    threshold = chance.to(probabilities.device)[..., None] * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1).clamp_(max=probabilities.shape[-1] - 1)
+
+
 # Generation
 
 
@@ -108,6 +117,7 @@ class AlternationConfig(Config):
     temperature_strategy: Literal["dynamic", "static"] = "dynamic"  # dynamic: falls to 0
     top_p: float = Field(1.0, ge=0, le=1)  # ids beyond this mass are not drawn
     finish: bool = False  # reveal the last token too; official: one stays soft
+    unreliable: Unreliable = "soft"  # what is decoded of masked tokens: expected codes, or (as learnt) ids drawn
 
 
 def masked_after(config: AlternationConfig, masked: int) -> list[int]:
@@ -164,10 +174,8 @@ class ImageDraws:
         self.seeds, self.num_tokens = seeds, num_tokens
 
     def ids(self, step: int, probabilities: Tensor) -> Tensor:
-        """By inverting the cumulative distribution, in float64."""
-        cumulative = probabilities.double().cumsum(2)
-        threshold = self._uniform("token", step).to(probabilities.device)[..., None] * cumulative[..., -1:]
-        return (cumulative <= threshold).sum(2).clamp_(max=probabilities.shape[2] - 1)
+        """By :func:`drawn_ids`."""
+        return drawn_ids(probabilities, self._uniform("token", step))
 
     def gumbel(self, step: int) -> Tensor:
         uniform = self._uniform("choice", step).clamp(min=np.finfo(np.float64).tiny)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,8 +39,10 @@ from diffrep.diffusion.masking import (
     AlternationConfig,
     Draws,
     PairMaskConfig,
+    Unreliable,
     choice_temperature,
     confidence,
+    drawn_ids,
     lowest,
     masked_after,
     pair_counts,
@@ -70,6 +73,10 @@ class ADDPConfig(MethodConfig):
     # Of predictor and decoder; ids are found in float32 always. None: as train.precision.
     frozen_precision: Literal["fp32", "bf16"] | None = None
     predictor_dropout: Literal["official"] | None = None  # official: the teacher's dropout is on; null: it is off
+    # Ablations: f maps unreliable tokens to expected codes (soft) or to that of an id drawn; what is learnt is the
+    # predictor's answer, or the image's own ids.
+    unreliable: Unreliable = "soft"
+    target: Literal["predictor", "tokens"] = "predictor"
     checkpoint_blocks: bool = False  # less memory: a block's inside is computed again in the backward pass
 
 
@@ -103,32 +110,49 @@ class ADDP(Method):
         masked, noisier, mean = pair_counts(self.config.mask, ids.shape[1], rng)
         order = rng.uniform(ids.shape[1]).to(ids.device)
         m_t, m_next = (lowest(order, counts[:, None].to(ids.device)) for counts in (masked, noisier))
+        chance = rng.uniform(ids.shape[1]).to(ids.device) if self.config.unreliable == "hard" else None
         # Over the global batch a mean of masked tokens, however it is split over processes and micro-batches.
-        loss = self.losses(ids, m_t, m_next).sum() / (mean * len(ids))
+        loss = self.losses(ids, m_t, m_next, chance).sum() / (mean * len(ids))
         return {"loss": loss, "masked_share": m_t.float().mean()}
 
-    def losses(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> Tensor:
+    def losses(self, ids: Tensor, m_t: Tensor, m_next: Tensor, chance: Tensor | None = None) -> Tensor:
         """Of each masked token, (M,): soft cross-entropy, the KL divergence up to the target's entropy."""
-        x_t, target = self.teach(ids, m_t, m_next)
+        x_t, target = self.teach(ids, m_t, m_next, chance)
         rows = self.tokenizer.num_codes if self.config.codes_alone else None
         logits = self.network.masked_logits(x_t, ids, m_t, rows)
         each = losses.soft_token_cross_entropy(logits[None], target[None], self.config.label_smoothing)[0]
         return each + self.network.nothing() if x_t is None else each
 
     @torch.no_grad()
-    def teach(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> tuple[Tensor | None, Tensor]:
-        """x_t (B, 3, H, W), not held in [0, 1], None where everything is masked; q(z_{t-1} | z_t) there, (M, K)."""
+    def teach(
+        self, ids: Tensor, m_t: Tensor, m_next: Tensor, chance: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """x_t (B, 3, H, W), not held in [0, 1], None where everything is masked; q(z_{t-1} | z_t) there, (M, K).
+
+        chance: (B, L) in [0, 1), what hard unreliable tokens are drawn with; None: they are soft.
+        """
         with self._frozen_pass(ids.device):
             if bool(m_t.all()):
                 return None, self._blank_target(ids, m_t)
             target, guess = self._asked(ids, m_t, m_next)
             z_t = self.tokenizer.lookup(ids)
-            z_t[m_t] = self.tokenizer.soft(guess).to(z_t.dtype)  # f: expected codes
+            unreliable = self.tokenizer.soft(guess) if chance is None else self._drawn(guess, chance[m_t])
+            z_t[m_t] = unreliable.to(z_t.dtype)
             return self.tokenizer.decode(z_t, self.network.config.grid).float(), target
+
+    def _drawn(self, guess: Tensor, chance: Tensor) -> Tensor:
+        """Codes (M, c) of ids drawn from a guess (M, K)."""
+        return self.tokenizer.lookup(drawn_ids(guess, chance))
+
+    def _own(self, ids: Tensor) -> Tensor:
+        """Certainty of ids (M,): (M, K)."""
+        return F.one_hot(ids, self.tokenizer.num_codes).float()
 
     def _asked(self, ids: Tensor, m_t: Tensor, m_next: Tensor) -> tuple[Tensor, Tensor]:
         """q(z | z_t) and q(z | z_{t+1}) where m_t is, (M, K) each: one batch, of an image with equal masks one pass."""
         official = self.config.predictor_dropout == "official"
+        if self.config.target == "tokens":
+            return self._own(ids[m_t]), self.predictor.probabilities_at(ids, m_next, m_t, dropout=official)
         apart, masked = (m_t != m_next).any(1) | official, int(m_t.sum())
         both = ((ids, ids), (m_t, m_next), (m_t, m_t))
         found = self.predictor.probabilities_at(*(torch.cat([a, b[apart]]) for a, b in both), dropout=official)
@@ -139,6 +163,8 @@ class ADDP(Method):
 
     def _blank_target(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of masks alone: one table for all images, unless chance is in it."""
+        if self.config.target == "tokens":
+            return self._own(ids[mask])
         if self.config.predictor_dropout == "official":
             return self.predictor.probabilities_at(ids, mask, mask, dropout=True)
         return self.predictor.probabilities_at(ids[:1], mask[:1], mask[:1]).repeat(len(ids), 1)
@@ -160,7 +186,7 @@ class ADDP(Method):
         self.network.answer(images, ids, ids == 0, visible, masked).sum().backward()
 
     def frozen_multiply_adds(self) -> int:
-        """Encode and decode an image, ask the predictor twice; at the same share."""
+        """Encode and decode an image, ask the predictor for x_t and for the target; at the same share."""
         shape, predictor = self.network.config, self.predictor.module
         image = torch.zeros(1, 3, shape.image_size, shape.image_size)
         latents = torch.zeros(1, self.tokenizer.module.config.z_channels, *shape.grid)
@@ -169,7 +195,8 @@ class ADDP(Method):
         with torch.device("meta"):
             blank = type(predictor)(predictor.config)
         ids, visible, masked = self._three_quarters(torch.device("meta"), 1)
-        return counted + 2 * multiply_adds(lambda: predicted_at(blank, ids, ids == 0, visible.index, masked.index))
+        asked = 2 if self.config.target == "predictor" else 1
+        return counted + asked * multiply_adds(lambda: predicted_at(blank, ids, ids == 0, visible.index, masked.index))
 
     def _three_quarters(self, device: torch.device, batch: int) -> tuple[Tensor, Places, Places]:
         """Ids, and where a mask of three quarters of them is False and True."""
@@ -255,7 +282,9 @@ def alternate(
         ids = torch.where(mask, draws.ids(step, within_top_p(probabilities, config.top_p)), ids)
         noise = choice_temperature(config, step) * draws.gumbel(step).to(ids.device)
         mask = lowest(confidence(probabilities, ids, mask, noise), counts[step])
-        latents = torch.where(mask[..., None], tokenizer.soft(probabilities), tokenizer.lookup(ids))
+        latents = tokenizer.lookup(ids)
+        if config.unreliable == "soft":
+            latents = torch.where(mask[..., None], tokenizer.soft(probabilities), latents)
         pixels = tokenizer.decode(latents, network.config.grid)
         watch(Moment(step, probabilities, ids, mask, latents, pixels))
     return pixels

@@ -110,6 +110,17 @@ ARMS = {
     "predictor_alone": "MAGE: token predictor alone",
     "one_step": "ADDP: all tokens at once",
 }
+ABLATIONS = {  # name of the network's stage: what differs in its training, and in its walk
+    "hard": ({"unreliable": "hard"}, {"unreliable": "hard"}),
+    "own_target": ({"target": "tokens"}, {}),
+}
+ABLATED = {
+    "walk_hard": "ADDP: unreliable tokens hard",
+    "walk_own_target": "ADDP: target without the predictor",
+    "addp": "encoder of ADDP",
+    "hard": "encoder, unreliable tokens hard",
+    "own_target": "encoder, target without the predictor",
+}
 
 
 def stages() -> dict[str, Stage]:
@@ -124,13 +135,26 @@ def stages() -> dict[str, Stage]:
     }
 
 
+def ablations() -> dict[str, Stage]:
+    """ADDP learnt otherwise, the images that it makes then, and its encoder."""
+    found: dict[str, Stage] = {}
+    network = addp_digits_network()
+    joined = {"tokenizer": "stage:tokenizer", "token_predictor": "stage:token_predictor"}
+    for name, (learnt, walked) in ABLATIONS.items():
+        method = network.method.model_copy(update=joined | learnt)
+        walk = WALK.model_copy(update=walked)
+        found[name] = network.model_copy(update={"name": f"addp_digits_{name}", "method": method, "needs": ()})
+        found[f"walk_{name}"] = _made(f"digits_by_addp_{name}", f"stage:{name}", walk, "addp")
+    return found
+
+
 def addp_digits() -> Study:
-    """The three networks; images of ADDP and of its rivals, judged in one feature space; a probe of the encoder."""
+    """The three networks; images of ADDP, of its rivals and of its ablations, judged in one feature space; probes."""
     return Study(
         name="addp_digits",
         about="Tokens and pixels in turn: tokenizer, token predictor and ADDP on digits, and the images they make.",
-        stages=stages(),
-        arms=ARMS,
+        stages={**stages(), **ablations()},
+        arms=ARMS | ABLATED,
         headline="frechet",
         next_commands=("diffrep generate runs/addp_digits/addp-s0 --images 16 --out runs/digits",),
     )
