@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.console import counts, duration
+from diffrep.report.scores import unit
 from diffrep.taps import Tap
 
 
@@ -91,7 +92,7 @@ def study(found: dict[str, Any]) -> str:
 
 
 def scores(found: dict[str, Any]) -> str:
-    shown = [f"{name} {value:.2f} %" for name, value in found.items() if name != "test_images"]
+    shown = [f"{name} {value:.2f}{unit(name)}" for name, value in found.items() if name != "test_images"]
     return ", ".join(shown) + f" (of {found['test_images']} test images)"
 
 

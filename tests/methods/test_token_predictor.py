@@ -9,9 +9,12 @@ from torch import nn
 from diffrep import losses
 from diffrep.data.batch import Batch
 from diffrep.diffusion.masking import drawn_counts, lowest
+from diffrep.errors import UserError
+from diffrep.files import read_json, write_json
+from diffrep.methods.finetune import Finetune, FinetuneConfig
 from diffrep.methods.token_predictor import TokenPredictorMethod, TokenPredictorMethodConfig
+from diffrep.models.depths import layers
 from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig, TransformerConfig
-from diffrep.models.students import Student
 from diffrep.randomness import Rows, seeded
 from diffrep.training.optim import OptimConfig
 
@@ -175,9 +178,42 @@ def test_it_learns_with_half_of_the_tokens_dropped(method):
 def test_the_encoder_reads_all_ids(method):
     made = method().eval()
     encoder, images = made.student.eval(), batch().images
-    assert not isinstance(encoder, Student)
     ids = made.tokenizer.encode(images)
     features = made.network.encode(ids, torch.zeros_like(ids, dtype=torch.bool))
     assert encoder.pooled(images).shape == (4, 16)
     torch.testing.assert_close(encoder.pooled(images), features[:, 1:].mean(1))
-    assert getattr(encoder.backbone, "num_classes", 0) == 0
+    assert encoder.backbone.num_classes == 0
+    with torch.autocast("cpu", torch.bfloat16):  # ids are those of float32
+        half = encoder.pooled(images)
+    torch.testing.assert_close(half.float(), features[:, 1:].mean(1), atol=0.05, rtol=0.05)
+
+
+def test_fine_tuning_starts_from_the_run_and_leaves_the_tokenizer_alone(method, tmp_path):
+    made = method().eval()
+    made.export(tmp_path)
+    write_json(tmp_path / "result.json", {"licence": "of mine"})
+    card = read_json(tmp_path / "config.json")["student"]
+    config = FinetuneConfig.model_validate({"student": card, "init": str(tmp_path)})
+    tuned = Finetune(config, 2, 8)
+    images = batch().images
+    torch.testing.assert_close(tuned.eval().student.pooled(images), made.student.eval().pooled(images))
+    before = {name: value.clone() for name, value in tuned.student.backbone.state_dict().items()}
+    groups = tuned.parameter_groups()
+    optimiser = torch.optim.SGD([p for group in groups.values() for p in group], 0.1)
+    tuned.train()(batch(), Rows(torch.Generator(), 4), 0.0)["loss"].backward()
+    optimiser.step()
+    moved = {n.split(".")[0] for n, v in tuned.student.backbone.state_dict().items() if not torch.equal(v, before[n])}
+    assert moved == {"token_emb", "blocks", "norm", "head"}
+
+
+def test_rates_fall_from_the_head_to_the_words(method):
+    tuned = method().student.backbone
+    named = {id(p): n.split(".")[0] for n, p in tuned.named_parameters()}
+    depth = [{named[id(p)] for p in one} for one in layers(tuned)]
+    assert depth[0] == {"token_emb", "tokenizer"} and depth[1] == {"blocks"} and depth[-1] >= {"norm"}
+
+
+def test_images_of_another_size_are_refused(method):
+    card = method().student.config
+    with pytest.raises(UserError, match="does not take 16-pixel images"):
+        Finetune(FinetuneConfig(student=card), 2, 16)

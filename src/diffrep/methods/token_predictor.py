@@ -37,8 +37,11 @@ from diffrep.diffusion.masking import (
     within_top_p,
 )
 from diffrep.frozen.tokens import FrozenPredictor, Tokenizer, load_tokenizer, write_network
-from diffrep.methods.base import Method, MethodConfig
+from diffrep.methods.base import Method, MethodConfig, save_student
+from diffrep.models import mage_vit
 from diffrep.models.masked_vit import TokenPredictor, TokenPredictorConfig, TransformerConfig
+from diffrep.models.students import Student, StudentConfig
+from diffrep.models.vqgan import VQGAN
 from diffrep.randomness import Rows
 
 
@@ -73,6 +76,8 @@ class TokenPredictorMethod(Method):
         height, width = self.tokenizer.grid(torch.empty(1, 3, image_size, image_size, device="meta"))
         shape = {"num_codes": self.tokenizer.num_codes, "num_tokens": height * width}
         self.network = TokenPredictor(TokenPredictorConfig(**config.network.model_dump(), **shape))
+        if not isinstance(self.tokenizer.module, VQGAN):
+            self.notes = (f"{self.tokenizer.name} is a tokenizer of another library: no encoder is exported or probed",)
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         ids = self.tokenizer.encode(batch.images)  # (B, L)
@@ -90,9 +95,14 @@ class TokenPredictorMethod(Method):
         return order.argsort(dim=1, stable=True)[:, dropped:].sort(1).values if dropped else None
 
     @property
-    def student(self) -> TokenEncoder:
-        """The encoder as it has come, to be judged by its features."""
-        return TokenEncoder(self.network, self.tokenizer)
+    def student(self) -> Student | None:
+        """The encoder as it has come, reading images; None behind a tokenizer of another library."""
+        if not isinstance(self.tokenizer.module, VQGAN):
+            return None
+        options = mage_vit.options_of(self.tokenizer.module, self.network)
+        student = Student(StudentConfig(name=mage_vit.NAME, options=options, mean=(0.0,), std=(1.0,)))
+        student.backbone.load_state_dict(mage_vit.encoder_state(self.tokenizer.module, self.network))
+        return student
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"token_predictor": [p for p in self.parameters() if p.requires_grad]}
@@ -106,26 +116,12 @@ class TokenPredictorMethod(Method):
         return multiply_adds(on_meta(self.tokenizer.module.encoder, image))
 
     def export(self, run_dir: Path) -> dict[str, Any]:
-        """The predictor, and the tokenizer it belongs to."""
+        """The predictor, the tokenizer it belongs to, and its encoder as a student."""
         write_network(run_dir, "token_predictor", self.network, run_dir.name, self.licence)
         write_network(run_dir, "tokenizer", self.tokenizer.module, self.tokenizer.name, self.tokenizer.licence)
+        if student := self.student:
+            save_student(run_dir, student)
         return {}
-
-
-class TokenEncoder(nn.Module):
-    """Images to MAGE's features: all ids shown, the encoder's output averaged over the tokens.
-
-    backbone: the predictor, which has no classifier.
-    """
-
-    def __init__(self, backbone: TokenPredictor, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.backbone, self.tokenizer = backbone, tokenizer
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, D)."""
-        ids = self.tokenizer.encode(images)
-        return self.backbone.encode(ids, torch.zeros_like(ids, dtype=torch.bool))[:, 1:].mean(1)
 
 
 # Generation

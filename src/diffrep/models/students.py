@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffrep import _torchvision_compat, taps
 from diffrep.config import Config
 from diffrep.errors import UserError, nearest
-from diffrep.models import cifar, fast_cnn, mobilenet
+from diffrep.models import cifar, fast_cnn, mage_vit, mobilenet
 
 
 def unreserved(options: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +267,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     **cifar.ENTRIES,
     **mobilenet.ENTRIES,
     **fast_cnn.ENTRIES,
+    **mage_vit.ENTRIES,
 }
 
 
