@@ -93,6 +93,15 @@ def as_archive(files):
     return buffer.getvalue()
 
 
+def meta(part, rows):
+    """meta/PART.txt of (path, class index) pairs, as the official code splits it, in no order."""
+    return {f"meta/{part}.txt": "".join(f"{path} {label}\n" for path, label in reversed(rows)).encode()}
+
+
+TRAIN_ROWS = [(f"{w}/{f}", label) for (w, files), label in zip(TRAIN.items(), LABELS, strict=True) for f in files]
+VAL_ROWS = list(zip(VAL, VAL_LABELS, strict=True))
+
+
 def load(source, split="test", **settings):
     return load_data(DataConfig(source=source, **settings), split)
 
@@ -165,6 +174,63 @@ def test_the_list_may_stand_among_the_images(tmp_path):
     assert load(f"imagenet:{root}").labels.tolist() == VAL_LABELS
 
 
+@pytest.mark.parametrize("prefix", ["", "{}/", "./{}/"])
+def test_lists_of_the_official_layout_are_the_same_set_as_class_folders(tmp_path, prefix):
+    folders = write_files(val_flat(train_folders(tmp_path / "f")), {"val.txt": listed(VAL_LABELS)})
+    root = val_flat(train_folders(tmp_path / "m"))
+    for part, rows in (("train", TRAIN_ROWS), ("val", VAL_ROWS)):
+        write_files(root, meta(part, [(prefix.format(part) + path, label) for path, label in rows]))
+    for split in ("train", "validation", "test"):
+        sets = [load(f"imagenet:{place}", split) for place in (folders, root)]
+        assert sets[0].fingerprint == sets[1].fingerprint and sets[0].labels.tolist() == sets[1].labels.tolist()
+    names = [read_source(f"imagenet:{place}").parts["train"].names for place in (folders, root)]
+    assert names[0] == [name.removeprefix("./") for name in names[1]]
+
+
+def test_a_list_comes_before_folders_and_its_names_may_hold_blanks(tmp_path):
+    root = train_folders(tmp_path)
+    write_files(root, {"my pictures/a fish 3.JPEG": jpeg(7), **meta("train", [("my pictures/a fish 3.JPEG", 151)])})
+    part = read_source(f"imagenet:{root}").parts["train"]
+    assert (part.names, part.labels.tolist(), part.read(0)) == (["my pictures/a fish 3.JPEG"], [151], jpeg(7))
+
+
+def test_of_two_files_of_one_name_the_one_beside_the_list_is_meant(tmp_path):
+    files = {"a.JPEG": jpeg(1), "train/a.JPEG": jpeg(2), **meta("train", [("a.JPEG", 5)])}
+    part = read_source(f"imagenet:{write_files(tmp_path, files)}").parts["train"]
+    assert part.names == ["a.JPEG"] and part.read(0) == jpeg(1)
+
+
+def test_a_class_list_chooses_among_lists_and_shards_too(tmp_path):
+    (tmp_path / "two.txt").write_text(f"{IDS[2]}\n{IDS[0]}\n")
+    lists = write_files(train_folders(tmp_path / "m"), meta("train", TRAIN_ROWS))
+    for root in (lists, as_shards(tmp_path / "s")):
+        part = read_source(f"imagenet:{root}@{tmp_path / 'two.txt'}").parts["train"]
+        assert part.labels.tolist() == [0] * 4 + [1] * 4
+        assert part.read(4) == TRAIN[IDS[2]][f"{IDS[2]}_0.JPEG"]
+
+
+def as_shards(root):
+    """The names that timm's copy has; the key of a sample is its path up to the first dot."""
+    samples = [(path, label, TRAIN[path[:9]][path[10:]]) for path, label in TRAIN_ROWS]
+    for number in range(3):
+        members = {}
+        for path, label, content in samples[4 * number : 4 * number + 4]:
+            members |= {path.lower().replace("jpeg", "jpg"): content, path.replace("JPEG", "cls"): str(label).encode()}
+        write_files(root, {f"imagenet1k-train-{number:04d}.tar": write_tar(members)})
+    members = {}
+    for number, ((_, content), label) in enumerate(zip(VAL.items(), VAL_LABELS, strict=True)):
+        members |= {f"{number:06d}.jpg": content, f"{number:06d}.json": b'{"label": %d}' % label}
+    return write_files(root, {"imagenet1k-validation-00.tar": write_tar(members)})
+
+
+def test_webdataset_shards_are_the_same_images(tmp_path):
+    folders = write_files(val_flat(train_folders(tmp_path / "f")), {"val.txt": listed(VAL_LABELS)})
+    shards = as_shards(tmp_path / "s")
+    for split in ("train", "validation", "test"):
+        sets = [load(f"imagenet:{place}", split) for place in (folders, shards)]
+        assert sets[0].fingerprint == sets[1].fingerprint and len(sets[1].classes) == 1000
+
+
 def test_a_class_list_chooses_and_numbers_the_classes(tmp_path):
     root = write_files(val_flat(train_tar(tmp_path / "in@net")), {"val.txt": listed(VAL_LABELS)})
     (tmp_path / "two.txt").write_text(f"{IDS[2]}\n\n{IDS[0]}\n")
@@ -199,6 +265,19 @@ def break_list(text):
     [
         (lambda r: f"imagenet:{r}/nowhere", "does not exist"),
         (lambda r: f"imagenet:{write_files(r / 'x', {'a.txt': b''})}", "holds none of train/, ILSVRC2012_img_train"),
+        (lambda r: f"imagenet:{write_files(r, meta('train', [('a b.JPEG', 0), ('c.JPEG', 1000)]))}",
+         "meta/train.txt, line 1: class index '1000'; valid: 0 to 999"),
+        (lambda r: f"imagenet:{write_files(train_folders(r), meta('train', [*TRAIN_ROWS, ('a b/c.JPEG', 0)]))}",
+         "1 of 13 images are missing, first train/a b/c.JPEG (looked for in"),
+        (lambda r: f"imagenet:{write_files(r, meta('val', [(f'{k}.JPEG', 0) for k in range(30)]))}",
+         "30 of 30 images are missing, first 0.JPEG"),
+        (lambda r: f"imagenet:{write_files(r, meta('val', [('x' * 999 + '.JPEG', 0)]))}", "1 of 1 images are missing"),
+        (lambda r: f"imagenet:{write_files(r, {'meta/val.txt': b''})}", "meta/val.txt: the list is empty"),
+        (lambda r: f"imagenet:{write_files(r, {'my-train-0.tar': write_tar({'a.jpg': jpeg(0)})})}",
+         "image 'my-train-0.tar:a' has label -1; valid: 0 to 999, in .cls or .json"),
+        (lambda r: f"imagenet:{write_files(r, {'val.tar': write_tar({'a.jpg': jpeg(0), 'a.cls': b'1000'})})}",
+         "image 'val.tar:a' has label 1000; valid: 0 to 999"),
+        (lambda r: f"imagenet:{write_files(r, {'mine.tar': write_tar({'a.jpg': jpeg(0)})})}", "tar shards called"),
         (lambda r: f"imagenet:{r}@{r}/nowhere.txt", "nowhere.txt does not exist"),
         (lambda r: f"imagenet:{r}@", "is not a readable list"),
         (break_list(b"n01440764\nn00000001\n"), "'n00000001' is none of the 1,000 WordNet ids"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffrep.data.datasets import DataConfig, load_data
-from diffrep.data.lists import labelled_lines
+from diffrep.data.lists import labelled_lines, read_indexed
 from diffrep.data.sources import read_source
 from diffrep.errors import UserError
 
@@ -115,3 +115,79 @@ def test_what_is_written_is_read_back(tmp_path_factory, rows, has_returns):
     file = tmp_path_factory.getbasetemp() / "list.txt"
     file.write_bytes(("\r\n" if has_returns else "\n").join(lines).encode())
     assert labelled_lines(file) == [(path, None if label is None else str(label)) for path, label in written]
+
+
+# Lists of `relative/path class_index`
+
+
+def indexed(tmp_path, content):
+    (tmp_path / "train.txt").write_bytes(content)
+    return read_indexed(tmp_path / "train.txt", 1000)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"n01/a.JPEG 0\nn02/b.png 999", {"n01/a.JPEG": 0, "n02/b.png": 999}),
+        (b"my cats/a cat 2 .JPEG 7\r\nb.jpg\t\t8\r\n\r\n", {"my cats/a cat 2 .JPEG": 7, "b.jpg": 8}),
+        (b"\xef\xbb\xbf./n01//\xc3\xa4 1.JPEG 007 \n", {"n01/\u00e4 1.JPEG": 7}),
+        ("n\u2028m\x0cl.webp 3".encode(), {"n\u2028m\x0cl.webp": 3}),  # one line: only \n ends one
+    ],
+)
+def test_the_index_is_the_last_word_of_a_line(tmp_path, content, expected):
+    assert indexed(tmp_path, content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a.jpg 0\n\nb.jpg 1000\n", "train.txt, line 3: class index '1000'; valid: 0 to 999"),
+        (b"a.jpg 0\nb c.jpg -1", "line 2: class index '-1'; valid: 0 to 999"),
+        (b"a.jpg 1.0", "line 1: class index '1.0'"),
+        ("a.jpg \u0663".encode(), "line 1: class index '\u0663'"),  # a digit, of another script
+        (b"a.jpg 99999999999999999999", "line 1: class index '99999999999999999999'"),
+        (b"a.jpg 0\nb c.jpg\n", "line 2: class index 'c.jpg'; valid: 0 to 999, at the end of `relative/path class_ind"),
+        (b"a.jpg n01440764", "line 1: class index 'n01440764'"),
+        (b"7", "line 1: '7' is no image; a line is `relative/path class_index`"),
+        (b"the classes 7", "line 1: 'the classes' is no image"),
+        (b"a.jpg 0\n./a.jpg 0\n", "line 2: 'a.jpg' is listed a second time"),
+        (b"a.jpg 0\na.jpg 1\n", "line 2: 'a.jpg' is listed a second time"),
+        (b"/etc/a.jpg 0", "line 1: '/etc/a.jpg' leaves the folder"),
+        (b"n01/../../a.jpg 0", "line 1: 'n01/../../a.jpg' leaves the folder"),
+        (b"", "train.txt: the list is empty"),
+        (b"\r\n \t\n", "train.txt: the list is empty"),
+        (b"a.jpg 0\n\xff.jpg 1", "train.txt is not a readable list ("),
+        (b"\x89PNG\r\n\x1a\n", "is not a readable list"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_named_by_its_number(tmp_path, content, words):
+    with pytest.raises(UserError) as caught:
+        indexed(tmp_path, content)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+pieces = st.sampled_from([b"a.jpg", b" ", b"0", b"\n", b"\r", b"..", b"/", b"1000", b"\xff", b"\0", b"-", b".png 5\n"])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(pieces | st.binary(max_size=4), max_size=12).map(b"".join))
+def test_any_bytes_are_a_list_of_images_inside_or_one_line_of_refusal(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.txt"
+    file.write_bytes(content)
+    try:
+        found = read_indexed(file, 1000)
+    except UserError as error:
+        assert "fuzzed.txt" in str(error) and "\n" not in str(error)
+    else:
+        assert found and all(0 <= label < 1000 for label in found.values())
+        assert not any(name.startswith("/") or ".." in name.split("/") for name in found)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(st.tuples(words, words), st.integers(0, 999), min_size=1, max_size=5), st.booleans())
+def test_an_indexed_list_is_read_back(tmp_path_factory, rows, has_returns):
+    written = {f"{folder} x/{name} 1.JPEG": label for (folder, name), label in rows.items()}
+    file = tmp_path_factory.getbasetemp() / "indexed.txt"
+    ending = "\r\n" if has_returns else "\n"
+    file.write_bytes(ending.join(f"{path} {label}" for path, label in written.items()).encode())
+    assert read_indexed(file, 1000) == written

@@ -109,7 +109,8 @@ def test_all_views_of_a_generic_image_differ(text):
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("resized_crop:20", 20), ("mixup:5", 5), ("cutmix:1", 1), ("crop_flip:4+cutmix:10", 1620),
+        ("resized_crop:20", 20), ("resized_crop:20:0.2", 20), ("resized_crop:20:bicubic", 20), ("mixup:5", 5),
+        ("resized_crop:20:0.05:bicubic+mixup:5", 100), ("cutmix:1", 1), ("crop_flip:4+cutmix:10", 1620),
         ("resized_crop:20+mixup:5", 100), ("flip+mixup:1000000", 2_000_000),
         ("crop_flip:99999+cutmix:1000000", 2 * 199_999**2 * 1_000_000),
     ],
@@ -122,7 +123,10 @@ def test_number_of_views_of_what_is_joined(text, count):
     "text",
     [
         "", "flop", "shift", "shift:0", "shift:-1", "shift:1.5", "crop_flip:x", "Flip", "flip:1", "resized_crop",
-        "resized_crop:0", "resized_crop:1000001", "mixup:1000001", "mixup:1e3", "cutmix", "cutmix:01", "shift:100000",
+        "resized_crop:0", "resized_crop:1000001", "resized_crop:2:0", "resized_crop:2:0.00", "resized_crop:2:1",
+        "resized_crop:2:1.5", "resized_crop:2:-0.2", "resized_crop:2:.2", "resized_crop:2:0.2:cubic",
+        "resized_crop:2:bicubic:0.2", "resized_crop:2:0.2:", "resized_crop:bicubic", "resized_crop:2:nan",
+        "resized_crop:2:0.00:bicubic", "mixup:1000001", "mixup:1e3", "cutmix", "cutmix:01", "shift:100000",
         "flip+", "+mixup:2", "flip+flip", "mixup:2+cutmix:2", "cutmix:2+flip", "none+mixup:2", "mixup:2+mixup:2",
         "alternate_flip:0", "alternate_flip:", "flip+shift:1", "flip+mixup:2+cutmix:2", "flip + mixup:2", "flip+none",
     ],

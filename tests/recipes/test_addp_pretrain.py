@@ -6,6 +6,7 @@ Numbers are typed from scripts and parser (specification 2.2, 2.4, 2.5), not tak
 import pytest
 import torch
 
+from diffrep.data.transforms import augmentation
 from diffrep.diffusion.masking import PairMaskConfig
 from diffrep.methods.addp import config_of
 from diffrep.models.addp_vit import ADDPVit
@@ -31,6 +32,8 @@ def test_every_argument_of_the_script(name):
     assert (optim.name, optim.betas, optim.weight_decay, optim.group_lr) == ("adamw", (0.9, 0.95), 0.05, {})
     assert optim.weight_decay_exclude_1d and optim.layer_decay == 1
     assert (recipe.data.image_size, recipe.seed, method.label_smoothing, method.codes_alone) == (256, 0, 0.1, False)
+    crops = augmentation(recipe.data.augment).places
+    assert (crops.least_area, crops.is_bicubic, crops.num_views) == (0.2, True, 1_000_000)
     assert method.tokenizer == "weights/vqgan_jax_strongaug.ckpt" and method.token_predictor == f"weights/{predictor}"
     assert method.mask == PairMaskConfig(minimum=0.5, maximum=1.0, mu=0.55, std=0.25, offset=5, ratio_per="batch")
     assert train.checkpoint_every == 5 * 312
@@ -60,6 +63,6 @@ def test_what_is_published_needed_and_assumed(name):
     told = " ".join(recipe.needs)
     assert predictor in told and "vqgan_jax_strongaug.ckpt" in told and "non-commercial" in told and "MIT" in told
     said = " ".join(recipe.assumed)
-    for word in ("bicubic", "each process", "predictor_dropout", "float16", "every 500", "held out"):
+    for word in ("cropped as stored", "each process", "predictor_dropout", "float16", "every 500", "held out"):
         assert word in said
     assert f"{SCRIPTS[name][0]} epochs" in recipe.about

@@ -40,7 +40,7 @@ class DataConfig(Config):
     labels: Annotated[int, Field(ge=1)] | None = None  # labelled images kept, class-balanced, others hidden; None = all
     label_seed: int | None = None  # which draw of the labelled images; None = the run's seed
     labelled_share: Annotated[float, Field(gt=0, le=1)] | None = None  # of each batch; None = as they come
-    # see data/transforms.py: none, flip, shift:R, crop_flip:R, alternate_flip[:R], resized_crop:V, ...+cutmix:V
+    # see data/transforms.py: none, flip, shift:R, crop_flip:R, alternate_flip[:R], resized_crop:V..., ...+cutmix:V
     augment: str = "none"
     unreadable: Literal["error", "skip"] = "error"  # what an image that cannot be decoded does
 

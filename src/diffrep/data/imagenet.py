@@ -1,8 +1,14 @@
-"""ImageNet-1k (ILSVRC-2012) in the forms in which people have it: class folders, or the official tar files unopened.
+"""ImageNet-1k (ILSVRC-2012) in the forms in which people have it.
 
 A part is the first of these that is there:
-- train: ``train/nXXXXXXXX/*.JPEG``, or ``ILSVRC2012_img_train.tar``, a tar of one tar per class;
-- test:  ``val/nXXXXXXXX/*.JPEG``, or ``val/*.JPEG``, or ``ILSVRC2012_img_val.tar``.
+
+- lists: what ``meta/train.txt``, ``meta/val.txt`` name in the folder, or in its ``train``, ``val`` (addp.md 6.17);
+- class folders: ``train/nXXXXXXXX/*.JPEG``, ``val/nXXXXXXXX/*.JPEG``; or all of ``val/*.JPEG``;
+- the official tar files: ``ILSVRC2012_img_train.tar``, a tar of one tar per class, and ``ILSVRC2012_img_val.tar``;
+- WebDataset shards: ``*.tar`` whose names speak of train, or of val or validation, with the label in ``.cls``.
+
+But for the shards, image i is the same one in every form: sorted by name, as class folders are. No tar is unpacked.
+
 The official validation images are our "test": papers score on them, and the labels of the official test images are
 secret. What a run calls validation is held out of train. A flat val needs its labels beside it, see ``ilsvrc``.
 
@@ -20,9 +26,11 @@ from typing import IO
 
 import torch
 
-from diffrep.data.containers import existing
+from diffrep.data.containers import existing, part_named_in
 from diffrep.data.ilsvrc import read_classes, read_val_labels
 from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, file_part, read_at
+from diffrep.data.lists import read_indexed
+from diffrep.data.tars import shard_part
 from diffrep.errors import UserError
 from diffrep.wordnet import official_ids
 
@@ -52,7 +60,8 @@ def read_imagenet(location: str) -> Read:
     found = {"train": _train(origin, base, number), "test": _val(origin, base, number)}
     parts = {name: part for name, part in found.items() if part is not None}
     if not parts:
-        raise UserError(f"{origin}: holds none of train/, {TRAIN_TAR}, val/, {VAL_TAR}")
+        forms = f"train/, {TRAIN_TAR}, val/, {VAL_TAR}, meta/train.txt, meta/val.txt, tar shards called train or val"
+        raise UserError(f"{origin}: holds none of {forms}")
     for name, part in parts.items() if classes is not None else ():
         if absent := classes_without_image(part, ids):
             raise UserError(f"{origin}: {name} has no image of {len(absent)} listed classes, first {absent[0]}")
@@ -66,16 +75,50 @@ def classes_without_image(part: Part, ids: tuple[str, ...]) -> list[str]:
 
 
 def _train(origin: str, base: Path, number: dict[str, int]) -> Part | None:
+    if (base / "meta/train.txt").is_file():
+        return _list(origin, base, "train", number)
     if (base / "train").is_dir():
         return _class_folders(origin, base / "train", number)
-    return _class_tars(base / TRAIN_TAR, number) if (base / TRAIN_TAR).is_file() else None
+    if (base / TRAIN_TAR).is_file():
+        return _class_tars(base / TRAIN_TAR, number)
+    return _shards(origin, base, "train", number)
 
 
 def _val(origin: str, base: Path, number: dict[str, int]) -> Part | None:
+    if (base / "meta/val.txt").is_file():
+        return _list(origin, base, "val", number)
     if (base / "val").is_dir():
         is_flat = not _folders(base / "val")
         return _flat_folder(origin, base, number) if is_flat else _class_folders(origin, base / "val", number)
-    return _flat_tar(origin, base / VAL_TAR, number) if (base / VAL_TAR).is_file() else None
+    if (base / VAL_TAR).is_file():
+        return _flat_tar(origin, base / VAL_TAR, number)
+    return _shards(origin, base, "validation", number)
+
+
+def _list(origin: str, base: Path, folder: str, number: dict[str, int]) -> Part:
+    """What ``meta/FOLDER.txt`` lists, sorted by name; its class indices count all 1,000 sorted WordNet ids."""
+    ids = official_ids()
+    listed = read_indexed(base / f"meta/{folder}.txt", len(ids))
+    # Which of the two folders its paths are of is decided once, by the first image that is there.
+    tried = ((name, prefix) for name in listed for prefix in ("", f"{folder}/"))
+    prefix = next((prefix for name, prefix in tried if os.path.isfile(base / prefix / name)), "")
+    found = {f"{prefix}{name}": number[ids[k]] for name, k in sorted(listed.items()) if ids[k] in number}
+    return file_part(origin, base, list(found), list(found.values()))
+
+
+def _shards(origin: str, base: Path, part_word: str, number: dict[str, int]) -> Part | None:
+    """Every tar of the folder that speaks of this part; classes that ``number`` lacks are left out."""
+    places = sorted(str(path) for path in base.glob("*.tar") if part_named_in(path.name) == part_word)
+    if not places:
+        return None
+    part, ids = shard_part(places), official_ids()
+    assert part.labels is not None
+    if len(wrong := ((part.labels < 0) | (part.labels >= len(ids))).nonzero()):
+        name, label = part.names[int(wrong[0])], int(part.labels[wrong[0]])
+        raise UserError(f"{origin}: image {name!r} has label {label}; valid: 0 to {len(ids) - 1}, in .cls or .json")
+    labels = torch.tensor([number.get(wordnet_id, -1) for wordnet_id in ids])[part.labels]
+    rows = (labels >= 0).nonzero()[:, 0].tolist()
+    return Part([part.names[r] for r in rows], lambda i: part.read(rows[i]), labels[rows], part.files)
 
 
 def _folders(root: Path) -> list[str]:

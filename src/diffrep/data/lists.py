@@ -24,13 +24,19 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: the file is not there, is not text, or holds nothing.
     """
+    return [line for _, line in _numbered(path)]
+
+
+def _numbered(path: Path) -> list[tuple[int, str]]:
+    """:func:`read_lines`, each with its number in the file, which counts from 1."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # \r\n has become \n
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable list ({error})") from None
-    if not any(lines):
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
         raise UserError(f"{path}: the list is empty")
-    return [line for line in lines if line]
+    return found
 
 
 def labelled_lines(path: Path) -> list[tuple[str, str | None]]:
@@ -41,6 +47,37 @@ def labelled_lines(path: Path) -> list[tuple[str, str | None]]:
 def _split(line: str) -> tuple[str, str | None]:
     name, _, label = line.rpartition(" ")
     return (line, None) if not name or line.lower().endswith(IMAGE_SUFFIXES) else (name.rstrip(), label)
+
+
+def read_indexed(path: Path, num_classes: int) -> dict[str, int]:
+    """Image -> class of a list of ``relative/path class_index`` lines; the index is the last word.
+
+    Source: addp.md 6.17; the official code splits at every blank, so that names with blanks break there.
+
+    Raises:
+        UserError: file and number of the first line that has no class index, names no image, leaves the folder of the
+            images or repeats a name.
+    """
+    found: dict[str, int] = {}
+    for number, line in _numbered(path):
+        name, label = _indexed(line, f"{path}, line {number}", num_classes)
+        if name in found:
+            raise UserError(f"{path}, line {number}: {name!r} is listed a second time")
+        found[name] = label
+    return found
+
+
+def _indexed(line: str, where: str, num_classes: int) -> tuple[str, int]:
+    words = line.rsplit(maxsplit=1)
+    if not re.fullmatch("[0-9]{1,9}", words[-1]) or int(words[-1]) >= num_classes:
+        told = f"class index {words[-1]!r}; valid: 0 to {num_classes - 1}"
+        raise UserError(f"{where}: {told}, at the end of `relative/path class_index`")
+    if not words[0].lower().endswith(IMAGE_SUFFIXES):
+        raise UserError(f"{where}: {words[0]!r} is no image; a line is `relative/path class_index`")
+    name = PurePosixPath(words[0])
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"{where}: {words[0]!r} leaves the folder; paths are relative to it and have no '..'")
+    return str(name), int(words[-1])
 
 
 def read_dmkd(location: str) -> Read:

@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.data.crops import ResizedCrops
+from diffrep.data.crops import LEAST_AREA, ResizedCrops
 from diffrep.data.mixing import Mixing
 from diffrep.errors import UserError
 from diffrep.randomness import hashed_uniform
 
 MAX_VIEWS = 1_000_000  # V of one part
 _VALID = (
-    'valid: "none", "flip", "alternate_flip", "shift:R", "crop_flip:R", "alternate_flip:R" or "resized_crop:V", '
+    'valid: "none", "flip", "alternate_flip", "shift:R", "crop_flip:R", "alternate_flip:R" or '
+    '"resized_crop:V[:AREA][:bicubic]", '
     'alone or joined by + with "mixup:V" or "cutmix:V", as in "crop_flip:4+cutmix:10"; R = 1, 2, ... pixels, '
-    "V = 1, 2, ... 1000000 views"
+    "V = 1, 2, ... 1000000 views, 0 < AREA < 1, the smallest share that a crop shows, as in 0.2"
 )
 
 
@@ -181,11 +182,12 @@ class Augmentation:
 
 
 def augmentation(text: str) -> Augmentation:
-    """Read "none", "flip", "shift:R", "crop_flip:R", "resized_crop:V", "mixup:V", "cutmix:V", or PLACES+MIXING.
+    """Read "none", "flip", "shift:R", "crop_flip:R", "resized_crop:V[:AREA][:bicubic]", "mixup:V", or PLACES+MIXING.
 
     shift:R translates by up to R pixels, zero-filled; crop_flip:R also mirrors (pad by R, crop back, flip);
     alternate_flip mirrors an image at every other epoch, alternate_flip:R also translates, filled by reflection;
-    resized_crop:V is V random crops, resized back and mirrored by chance; mixup:V and cutmix:V mix in another image.
+    resized_crop:V is V random crops, resized back and mirrored by chance, resized_crop:V:0.2:bicubic of 0.2 to 1 of the
+    area (default 0.08) and bicubically (default bilinearly); mixup:V and cutmix:V mix in another image.
 
     Raises:
         UserError: any other text.
@@ -206,8 +208,10 @@ def _places(text: str, part: str) -> Shifts | ResizedCrops | None:
         return Shifts(text, int(found[2]), found[1] == "crop_flip")
     if found := re.fullmatch(r"alternate_flip(?::([1-9]\d{0,4}))?", part):
         return Shifts(text, int(found[1] or 0), has_flip=True, alternates=True)
-    found = re.fullmatch(r"resized_crop:([1-9]\d{0,6})", part)
-    return ResizedCrops(int(found[1])) if found and int(found[1]) <= MAX_VIEWS else None
+    found = re.fullmatch(r"resized_crop:([1-9]\d{0,6})(?::(0\.(?!0+\b)\d{1,4}))?(:bicubic)?", part)
+    if not found or int(found[1]) > MAX_VIEWS:
+        return None
+    return ResizedCrops(int(found[1]), float(found[2] or LEAST_AREA), found[3] is not None)
 
 
 def _mixing(part: str) -> Mixing | None:

@@ -28,8 +28,7 @@ METRIC = "top-1 %, ImageNet-1k validation"
 README = "ADDP README, table of fine-tuning"
 VIEWS = TimmConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0)
 ASSUMED = (
-    "images are brought to 256 pixels before they are cropped at random, bilinearly; published: cropped as stored, "
-    "bicubic",
+    "images are brought to 256 pixels before they are cropped at random; published: cropped as stored, bicubic",
     "which epoch the published number is of, the last or the best, is not stated: the last",
     "one draw of all that is random per row and step; published: per process",
 )
@@ -133,7 +132,7 @@ def vit(size: str) -> StudentConfig:
 
 
 def _data() -> DataConfig:
-    return DataConfig(source="imagenet:data/imagenet", image_size=256, augment=f"resized_crop:{MAX_VIEWS}")
+    return DataConfig(source="imagenet:data/imagenet", image_size=256, augment=f"resized_crop:{MAX_VIEWS}:bicubic")
 
 
 def _course(

@@ -23,11 +23,12 @@ from diffrep.training.trainer import TrainConfig
 BATCH = 4096
 EPOCH = 1_281_167 // BATCH  # updates: what does not fill a batch is dropped
 WARMUP, SAVED = 40, 5  # epochs
+CROPS = f"resized_crop:{MAX_VIEWS}:0.2:bicubic"
 TOKENIZER = "vqgan_jax_strongaug"
 NETWORKS = {"base": TransformerConfig(), "large": TransformerConfig(**LARGE)}
 
 ASSUMED = (
-    "random crops of 8 to 100 % of the area, enlarged bilinearly; published: 20 to 100 %, bicubic",
+    "images are brought to 256 pixels before they are cropped at random; published: cropped as stored",
     "one masked share for all images of an update; published: one for each process, of which the number is not stated",
     "the predictor teaches without dropout; published: with it, after each epoch's call of train(); as published with "
     "--set method.predictor_dropout=official",
@@ -44,7 +45,7 @@ def pretrained(name: str, size: str, epochs: int) -> Recipe:
     return Recipe(
         name=name,
         about=f"ADDP {words}, {epochs} epochs of ImageNet at 256 pixels; weeks of many GPUs.",
-        data=DataConfig(source="imagenet:data/imagenet", image_size=256, augment=f"resized_crop:{MAX_VIEWS}"),
+        data=DataConfig(source="imagenet:data/imagenet", image_size=256, augment=CROPS),
         method=ADDPConfig(
             tokenizer=f"weights/{TOKENIZER}.ckpt", token_predictor=f"weights/{mage}.pth", network=NETWORKS[size]
         ),
