@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp evidence-probe \
-	evidence-repfusion docs clean
+	evidence-repfusion evidence-roads docs clean
 
 quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -42,8 +42,9 @@ evidence-dmkd: $(VENV)/.ready  ## the second road: digits with five seeds, sweep
 	$(BIN)/diffrep run dmkd_cifar10_small --record docs/results/data --out runs/evidence-dmkd-cifar10
 	$(BIN)/python -m benchmarks.evidence
 
-evidence-addp: $(VENV)/.ready  ## the third road on digits, three seeds: about ten minutes of CPU
-	$(BIN)/diffrep run addp_digits --seeds 0,1,2 --record docs/results/data --out runs/evidence-addp
+evidence-addp: $(VENV)/.ready  ## the third road: digits with five seeds, CIFAR-10 (needs $$DIFFREP_DATA); two hours
+	$(BIN)/diffrep run addp_digits --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-addp
+	$(BIN)/diffrep run addp_cifar10_small --record docs/results/data --out runs/evidence-addp-cifar10
 	$(BIN)/python -m benchmarks.evidence
 
 evidence-probe: $(VENV)/.ready  ## taps and noise levels on CIFAR-10, and the search (needs $$DIFFREP_DATA): half an hour
@@ -51,6 +52,10 @@ evidence-probe: $(VENV)/.ready  ## taps and noise levels on CIFAR-10, and the se
 
 evidence-repfusion: $(VENV)/.ready  ## the first road on CIFAR-10, three seeds (needs $$DIFFREP_DATA): about two hours
 	$(BIN)/diffrep run repfusion_cifar10_small --record docs/results/data --out runs/evidence-repfusion
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-roads: $(VENV)/.ready  ## the three roads combined on digits, five seeds: about half an hour of CPU
+	$(BIN)/diffrep run roads_digits --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-roads
 	$(BIN)/python -m benchmarks.evidence
 
 docs: $(VENV)/.ready  ## the manual, in site/

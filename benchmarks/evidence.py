@@ -162,8 +162,10 @@ def main() -> None:
     from benchmarks.evidence_dmkd import dmkd_page
     from benchmarks.evidence_probe import probe_page
     from benchmarks.evidence_repfusion import repfusion_page
+    from benchmarks.evidence_roads import roads_page
 
-    pages = {"repfusion": repfusion_page(), "dmkd": dmkd_page(), "addp": addp_page(), "probe": probe_page()}
+    made = {"repfusion": repfusion_page, "dmkd": dmkd_page, "addp": addp_page, "probe": probe_page, "roads": roads_page}
+    pages = {name: page() for name, page in made.items()}
     for name, page in pages.items():
         if page:
             (RESULTS / f"{name}.md").write_text(page)

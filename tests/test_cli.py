@@ -236,6 +236,15 @@ def test_an_empty_folder_and_other_sizes_are_named(here):
     assert "set data.image_size" in refused(here, *ON_FOLDER)
 
 
+def test_one_class_teaches_nothing_to_tell_apart(here):
+    folder_of_images(here / "images", 30)
+    for file in (here / "images/dog").iterdir():
+        file.rename(here / "images/cat" / file.name)
+    (here / "images/dog").rmdir()
+    assert "folder:images has one class, 'cat'; student learns to tell two or more apart" in refused(here, *ON_FOLDER)
+    assert not (here / "new").exists()
+
+
 def test_a_label_out_of_range_is_named(here):
     png = here / "one.png"
     Image.new("RGB", (8, 8)).save(png)

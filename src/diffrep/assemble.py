@@ -37,6 +37,7 @@ from diffrep.methods.contrastive import Contrastive
 from diffrep.methods.denoiser import Denoiser
 from diffrep.methods.dmkd import DMKD
 from diffrep.methods.finetune import Finetune
+from diffrep.methods.mae import MAE
 from diffrep.methods.mixing import Mixing
 from diffrep.methods.repfusion import RepFusion
 from diffrep.methods.token_predictor import TokenPredictorMethod
@@ -59,6 +60,7 @@ METHODS = {
     "addp": ADDP,
     "clean_input": CleanInput,
     "mixing": Mixing,
+    "mae": MAE,
 }
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
 
@@ -132,6 +134,9 @@ def _labelled(recipe: Recipe, train: ImageSet) -> Tensor | None:
                 f"data.source {recipe.data.source} has no labels, but this recipe needs them for: {readers[0]}"
             )
         return None
+    if recipe.method.label_readers() and len(train.classes) < 2:
+        only = f"one class, {train.classes[0]!r}" if train.classes else "no class"
+        raise UserError(f"data.source {recipe.data.source} has {only}; {readers[0]} learns to tell two or more apart")
     return label_subset(train.labels, recipe.data.labels, label_seed(recipe)) if recipe.data.labels else None
 
 

@@ -26,6 +26,7 @@ from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.features import feature_bytes, store_settings, write_empty_store
 from diffrep.frozen.teachers import load_teacher
 from diffrep.launch import generation_cost
+from diffrep.launch.generate import write_stand_in
 from diffrep.recipes.base import (
     AnswerTask,
     FeatureTask,
@@ -64,6 +65,7 @@ def _cost(task: Any, stand_in: Path, allow_code: bool) -> dict[str, Any]:
         return synthesis_cost(task, allow_code, stand_in)
     if isinstance(task, GenerationTask):
         generation = generate_job(task, stand_in).open()
+        write_stand_in(stand_in, generation)
         return generation_cost.estimate(generation, default_device().type)
     assert isinstance(task, SweepTask)
     return probe_cost(task, allow_code)

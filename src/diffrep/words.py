@@ -13,9 +13,9 @@ from diffrep.taps import Tap
 
 def amount(number: float) -> str:
     """``950``, ``12.3 k``, ``4.56 G``: three digits and a letter."""
-    for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(number) < 1000 or unit == " P":
-            return f"{number:.3g}{unit}"
+    for letter in ("", " k", " M", " G", " T", " P"):
+        if abs(number) < 1000 or letter == " P":
+            return f"{number:.3g}{letter}"
         number /= 1000
     raise AssertionError
 

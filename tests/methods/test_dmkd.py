@@ -1,11 +1,12 @@
 """A classifier teaches a student on any images: pytest tests/methods/test_dmkd.py"""
 
 import copy
+import json
 
 import pytest
 import torch
 from filled import OURS, drawn_images, fill
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffrep.assemble import assemble
 from diffrep.data.batch import Batch
@@ -15,9 +16,10 @@ from diffrep.errors import UserError
 from diffrep.evaluation.classify import EvaluateConfig, calibration_error
 from diffrep.frozen.answers import AnswerConfig, LiveAnswers, StoredAnswers, store_settings, write_answers
 from diffrep.frozen.classifier import ClassifierConfig
+from diffrep.methods.base import save_student
 from diffrep.methods.dmkd import DMKD, DMKDConfig, KdLossConfig, kd_distance
 from diffrep.models import convert
-from diffrep.models.students import StudentConfig, create
+from diffrep.models.students import Student, StudentConfig, create
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.recipes.base import Recipe
 from diffrep.training.optim import OptimConfig
@@ -267,3 +269,35 @@ def test_calibration_error_of_known_answers():
     certain = torch.tensor([[9.0, -9.0]]).repeat(4, 1)
     assert calibration_error(certain, torch.tensor([0, 0, 0, 1])) == pytest.approx(25, abs=1e-3)
     assert calibration_error(certain, torch.zeros(4).long()) == pytest.approx(0, abs=1e-3)
+
+
+# Where a student starts
+
+
+def start(folder, **changes):
+    """A finished run with a student without a classifier."""
+    folder.mkdir()
+    with seeded(7, "start"):
+        save_student(folder, Student(StudentConfig(name="conv_small", options=TINY | changes)))
+    card = {"licence": "MIT", "labels_seen": {"policy": 50}, "labels_behind": {"teacher: student": 20}}
+    (folder / "result.json").write_text(json.dumps(card))
+    return str(folder)
+
+
+def test_a_student_goes_on_from_a_run_whose_labels_it_inherits(teacher, tmp_path):
+    place = start(tmp_path / "run")
+    method, fresh = built(teacher, init=place), built(teacher)
+    own, given = method.student.backbone.state_dict(), load_file(tmp_path / "run" / "weights.safetensors")
+    assert given and all(torch.equal(own[name], value) for name, value in given.items())
+    assert torch.equal(own["head.weight"], fresh.student.backbone.state_dict()["head.weight"])  # is new
+    assert method.labels_behind == {"before: policy": 50, "before: teacher: student": 20}
+    assert method.licence.startswith("MIT; taught by") and method.notes[0].startswith(f"started from {place}: matched")
+    assert fresh.labels_behind == {} and fresh.notes == ()
+
+
+def test_a_start_that_does_not_fit_is_refused(teacher, tmp_path):
+    wide = start(tmp_path / "wide", widths=[4, 16])
+    with pytest.raises(UserError, match="does not fit conv_small: matched"):
+        built(teacher, init=wide)
+    with pytest.raises(UserError, match="is no finished run"):
+        built(teacher, init=str(tmp_path / "nowhere"))

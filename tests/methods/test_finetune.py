@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
+from diffrep.frozen.start import load_backbone
 from diffrep.methods.base import save_student
-from diffrep.methods.finetune import Finetune, FinetuneConfig, load_backbone
+from diffrep.methods.finetune import Finetune, FinetuneConfig
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
 

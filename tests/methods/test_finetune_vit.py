@@ -15,9 +15,10 @@ from diffrep.data.feed import Feed
 from diffrep.data.timm_views import TimmConfig
 from diffrep.errors import Interrupted, UserError
 from diffrep.evaluation.classify import student_scores
+from diffrep.frozen.start import load_backbone
 from diffrep.frozen.tokens import write_network
 from diffrep.methods.base import save_student
-from diffrep.methods.finetune import Finetune, FinetuneConfig, fold, load_backbone
+from diffrep.methods.finetune import Finetune, FinetuneConfig, fold
 from diffrep.models.addp_vit import MEAN, STD, ADDPVit, ADDPVitConfig, timm_vit
 from diffrep.models.stored import load_student
 from diffrep.models.students import Student, StudentConfig

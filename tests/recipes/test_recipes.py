@@ -131,6 +131,8 @@ def teacher_of(task, pipeline, size):
     place, _, said = str(getattr(task.method, "teacher", "")).partition("?")
     if place.startswith("classifier:"):
         return f"classifier:{classifier_run(pipeline().parent / 'classifier')}"
+    if str(getattr(task.method, "tap", "")).startswith("network.blocks"):
+        return f"{encoder_run(pipeline().parent / 'encoder')}?image_size={size}"
     if Path(place).name in OFFICIAL:
         return f"{saved(OFFICIAL[Path(place).name](), pipeline().parent / Path(place).name)}?{said}"
     if str(getattr(task.method, "tap", "")).startswith("middle_block"):
@@ -149,6 +151,16 @@ def classifier_run(folder):
         student = Student(StudentConfig(name="resnet20_cifar"), 10)
         student.try_out(32)
         save_student(folder, student)
+        (folder / "result.json").write_text("{}")
+    return folder
+
+
+def encoder_run(folder):
+    """A ViT of four blocks for 8-pixel images as a run of ours leaves it, untrained."""
+    if not (folder / "result.json").exists():
+        folder.mkdir()
+        options = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
+        save_student(folder, Student(StudentConfig(name="vit_base_patch16_224", options=options)))
         (folder / "result.json").write_text("{}")
     return folder
 

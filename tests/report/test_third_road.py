@@ -13,7 +13,7 @@ from PIL import Image
 from second_road import write_second_road
 from third_road import ARMS, SAID, SIDE, colour, stages, write_stages, write_third_road
 
-from diffrep.recipes import addp
+from diffrep.recipes import addp, addp_cifar10
 from diffrep.report.build import write_figure
 from diffrep.report.findings import pairs
 from diffrep.report.made import COLUMNS
@@ -36,7 +36,21 @@ def test_every_arm_of_the_shipped_study_has_a_role():
     found = addp.addp_digits()
     entries = [Entry(n, found.arms.get(n, n), s.model_dump(mode="json")) for n, s in found.stages.items()]
     roles = {e.name: role(e, entries) for e in entries if e.name in found.arms}
-    assert roles == {"alternation": "alternation", "predictor_alone": "predictor", "one_step": "at_once"}
+    assert roles == {
+        "alternation": "alternation", "predictor_alone": "predictor", "one_step": "at_once",
+        "walk_hard": "ablated", "walk_own_target": "ablated",
+        "addp": "addp", "hard": "addp", "own_target": "addp",
+    }  # fmt: skip
+
+
+def test_encoders_of_cifar10_have_roles_too():
+    found = addp_cifar10.addp_cifar10_small()
+    entries = [Entry(n, found.arms.get(n, n), s.model_dump(mode="json")) for n, s in found.stages.items()]
+    roles = {e.name: role(e, entries) for e in entries if e.name in addp_cifar10.ENCODERS}
+    assert roles == {
+        "scratch": "scratch", "untrained": "untrained", "mae": "mae", "mae_tuned": "tuned",
+        "token_predictor": "token_predictor", "token_predictor_tuned": "tuned", "addp": "addp", "addp_tuned": "tuned",
+    }  # fmt: skip
 
 
 def test_the_headline_says_how_far_and_in_whose_eyes(study, tmp_path):

@@ -17,6 +17,7 @@ from diffrep.data.cifar import CIFAR_LICENCE, read_cifar
 from diffrep.data.containers import PART_WORDS, existing, read_hub, read_parquet, torchvision_set
 from diffrep.data.controls import read_noise, read_one_image, read_photographs
 from diffrep.data.flowers import read_flowers
+from diffrep.data.generated import generated_licence, read_generated
 from diffrep.data.imagenet import read_imagenet
 from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, array_part, file_part
 from diffrep.data.lists import read_dmkd
@@ -191,6 +192,7 @@ KINDS: dict[str, Kind] = {
     "hf": Kind(read_hub, "NAME_OR_FOLDER", "unknown: see the page of the data set"),
     "shards": Kind(read_shards, "URL_OR_GLOB", _OWN),
     "synthetic": Kind(read_synthetic, "FOLDER", set_licence),
+    "generated": Kind(read_generated, "FOLDER", generated_licence),
     "noise": Kind(read_noise, "COUNTxSIZE", "none needed"),
     "photographs": Kind(read_photographs, "COUNTxSIZE", _PHOTOGRAPHS),
     "one_image": Kind(read_one_image, "COUNTxSIZE", _PHOTOGRAPHS),

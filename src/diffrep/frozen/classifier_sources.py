@@ -80,17 +80,11 @@ def of_run(folder: Path) -> Source:
         partial(built, look.name, look.options),
         mean=look.mean,
         std=look.std,
-        image_size=_shown_size(folder),
+        image_size=stored.shown_size(folder),
         in_chans=look.options.get("in_chans", 3),
         licence=result.get("licence", "unknown"),
         labels_seen=result.get("labels_seen", {}) | result.get("labels_behind", {}),
     )
-
-
-def _shown_size(folder: Path) -> int | None:
-    """Pixels per side of the images that a run trained on, where its card says so."""
-    look = read_json(folder / "config.json").get("pretrained_cfg", {})
-    return look["input_size"][-1] if "input_size" in look else None
 
 
 def of_file(path: Path, architecture: str | None, options: dict[str, Any]) -> Source:

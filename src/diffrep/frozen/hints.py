@@ -35,8 +35,9 @@ class LiveHints:
         self.network = load_teacher(reference, allow_code)
         self.network.check_noise(noise)
         for tap in taps:
-            if len(shape := self.network.tap(tap).shape) == 2:
-                raise UserError(f"tap '{tap}' of {self.network.name} gives {shape[0]} tokens, not a map (C, h, w)")
+            if len(shape := self.network.tap(tap).shape) != 3:
+                what = f"{shape[0]} tokens" if len(shape) == 2 else f"one vector of {shape[0]} numbers per image"
+                raise UserError(f"tap '{tap}' of {self.network.name} gives {what}, not a map (C, h, w)")
         self.network.run_as(passes or PassConfig())
         self.network.keep_only(taps)
         self.grid, self.noise = grid, noise

@@ -17,7 +17,7 @@ from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.files import Opened, foreign_factory, load_unet, opened, part_of, preset_unet
 from diffrep.frozen.mixed import is_mix, load_mix
 from diffrep.frozen.references import SourceOptions, split_reference
-from diffrep.frozen.supervised import load_supervised
+from diffrep.frozen.supervised import is_encoder, load_encoder, load_supervised
 from diffrep.models import dit_files, guided_files
 from diffrep.randomness import seeded
 from diffrep.wordnet import label_of
@@ -31,8 +31,8 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
             guided-diffusion or DiT, a run folder of ours, ``python:module:factory`` (a callable that returns any
             network of (x, timestep), an EDM-style network of (x, sigma), or a DiffusionTeacher), ``random:REFERENCE``
             for the same architecture with untrained weights, or ``classifier:REFERENCE`` for a supervised teacher in
-            a diffusion model's place. Behind a ``?`` stands what the place cannot tell: see
-            :mod:`diffrep.frozen.references`.
+            a diffusion model's place; so stands a run folder of ours that kept a student. Behind a ``?`` stands what
+            the place cannot tell: see :mod:`diffrep.frozen.references`.
         allow_code: ``python:`` runs foreign code and is refused without it.
 
     Raises:
@@ -40,7 +40,7 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
     """
     kind, _, rest = reference.partition(":")
     if kind == "random":
-        return _from_preset(rest) or untrained(load_teacher(rest, allow_code))
+        return _from_preset(rest) or _fresh_encoder(rest) or untrained(load_teacher(rest, allow_code))
     if kind == "python":
         return _from_factory(rest, allow_code)
     if kind == "classifier":
@@ -50,6 +50,8 @@ def load_teacher(reference: str, allow_code: bool = False) -> DiffusionTeacher:
         return load_mix(place, options, lambda mixed: load_teacher(mixed, allow_code))
     if is_extractor(place):
         return load_extractor(place, options, lambda original: load_teacher(original, allow_code))
+    if is_encoder(place):
+        return load_encoder(place, options)
     found = opened(place)
     teacher = official.load(found, options) if found.path.is_file() else _from_folder(found, options)
     if options.label is not None:
@@ -106,6 +108,11 @@ def _from_preset(reference: str) -> DiffusionTeacher | None:
     return DiffusionTeacher(
         unet, f"untrained {reference}", size, channels, licence=licence, call_options={"return_dict": False}
     )
+
+
+def _fresh_encoder(reference: str) -> DiffusionTeacher | None:
+    place, options = split_reference(reference)
+    return load_encoder(place, options, is_trained=False) if is_encoder(place) else None
 
 
 def has_preset(known: assets.Asset) -> bool:

@@ -30,7 +30,7 @@ from diffrep.models.convert import fitted, unwrap
 from diffrep.models.masked_vit import TokenPredictor
 from diffrep.models.some_rows import places, predicted_at
 from diffrep.models.stored import read_checkpoint
-from diffrep.models.vqgan import VQGAN
+from diffrep.models.vqgan import VQGAN, whole_precision
 from diffrep.models.weights import read_weights, write_weights
 
 WEIGHTS, CARD = "weights.safetensors", "config.json"
@@ -78,7 +78,7 @@ class Tokenizer(FrozenModule):
         """(B, 3, H, W) in [0, 1] -> ids (B, L), always in float32: near a boundary half precision names others."""
         self.grid(images)
         self.follow(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with whole_precision(images.device):
             return self.module.encode(images.float())
 
     @torch.no_grad()

@@ -356,3 +356,13 @@ def _write_pictures(folder: Path, opened: Generation) -> None:
     film.write_film(folder, [film.stored(strip_file(folder, seed)) for seed in opened.seeds[:FILMED]])
     if opened.repair:
         write_atomic(folder / "before.png", film.png(opened.repair.image))
+
+
+def write_stand_in(folder: Path, opened: Generation) -> None:
+    """As many images of the right size, all of them black: what later stages of a study are costed against."""
+    black = film.png(torch.zeros(3, *opened.image_size, dtype=torch.uint8))
+    (folder / IMAGES).mkdir(parents=True)
+    for seed in opened.seeds:
+        seed_file(folder, seed).write_bytes(black)
+    licences = {"network": opened.network.licence, "tokenizer": opened.tokenizer.licence}
+    write_json(folder / FOUND, {"seeds": list(opened.seeds), "licences": licences})

@@ -26,6 +26,7 @@ from diffrep.data.batch import Batch
 from diffrep.errors import UserError
 from diffrep.frozen.answers import LiveAnswers, StoredAnswers
 from diffrep.frozen.classifier import ClassifierConfig, ClassifierTeacher
+from diffrep.frozen.start import begin
 from diffrep.methods.base import Method, MethodConfig, save_student
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows
@@ -56,6 +57,7 @@ class DMKDConfig(MethodConfig):
     kind: Literal["dmkd"] = "dmkd"
     teacher: ClassifierConfig
     student: StudentConfig
+    init: str | None = None  # a finished run whose weights the student's backbone starts from
     loss: KdLossConfig = KdLossConfig()
     answers: str | None = None  # a stored teacher (`kind: answers`); None asks the teacher at every step
 
@@ -75,9 +77,14 @@ class DMKD(Method):
         self.teacher = StoredAnswers(config.answers) if config.answers else LiveAnswers(config.teacher, allow_code)
         self._check_classes(num_classes)
         self.student = Student(config.student, self.teacher.num_classes)
+        start = begin(self.student, config.init) if config.init else None
         self.student.try_out(image_size)
-        self.licence = f"{Method.licence}; taught by {self.teacher.name} ({self.teacher.licence})"
+        licence = (start and start.licence) or Method.licence
+        self.licence = f"{licence}; taught by {self.teacher.name} ({self.teacher.licence})"
         self.labels_behind = {f"teacher: {part}": count for part, count in self.teacher.labels_seen.items()}
+        if start:
+            self.notes += (start.note,)
+            self.labels_behind |= start.labels_behind
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         # 1. The teacher's answer to this very view.
@@ -105,7 +112,12 @@ class DMKD(Method):
         told = f"{self.teacher.name} knows {self.teacher.num_classes} classes, the images have {num_classes}"
         if self.config.label_readers():
             raise UserError(f"{told}: set method.loss.label_weight=0 and loss.name=kl, which read no label")
-        self.notes = (f"{told}; the student learns the teacher's, and no label of the images is read",)
+        self.notes += (f"{told}; the student learns the teacher's, and no label of the images is read",)
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """A network that begins with whitening sees training images; one that goes on from a run brings it along."""
+        if not self.config.init:
+            super().prepare(batches)
 
     def watch(self, batches: Callable[[], Iterable[Batch]]) -> None:
         self._held_out = batches

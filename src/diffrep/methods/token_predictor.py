@@ -99,7 +99,7 @@ class TokenPredictorMethod(Method):
         """The encoder as it has come, reading images; None behind a tokenizer of another library."""
         if not isinstance(self.tokenizer.module, VQGAN):
             return None
-        options = mage_vit.options_of(self.tokenizer.module, self.network)
+        options = mage_vit.options_of(self.tokenizer.module.config, self.network.config)
         student = Student(StudentConfig(name=mage_vit.NAME, options=options, mean=(0.0,), std=(1.0,)))
         student.backbone.load_state_dict(mage_vit.encoder_state(self.tokenizer.module, self.network))
         return student

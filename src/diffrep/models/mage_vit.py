@@ -27,7 +27,7 @@ from diffrep.models.masked_vit import (
     initialise,
     layer_norm,
 )
-from diffrep.models.vqgan import VQGAN, VQGANConfig
+from diffrep.models.vqgan import VQGAN, VQGANConfig, whole_precision
 
 NAME = "mage_vit"
 TABLES = ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight")  # spared by weight decay
@@ -67,7 +67,7 @@ class MAGEVit(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 1 + L, D), the class slot first."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), whole_precision(images.device):
             ids = self.tokenizer.encode(images.float())
         ids = F.pad(ids, (1, 0), value=self.vocabulary.class_id)
         return self.norm(self.blocks(self.token_emb(ids)))
@@ -80,12 +80,9 @@ class MAGEVit(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-def options_of(tokenizer: VQGAN, predictor: TokenPredictor) -> dict[str, Any]:
+def options_of(tokenizer: VQGANConfig, network: TokenPredictorConfig) -> dict[str, Any]:
     """What builds the encoder of a token predictor, as plain JSON."""
-    return {
-        "tokenizer": tokenizer.config.model_dump(mode="json"),
-        "network": predictor.config.model_dump(mode="json"),
-    }
+    return {"tokenizer": tokenizer.model_dump(mode="json"), "network": network.model_dump(mode="json")}
 
 
 def encoder_state(tokenizer: VQGAN, predictor: TokenPredictor) -> dict[str, Tensor]:

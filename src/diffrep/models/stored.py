@@ -56,6 +56,14 @@ def _per_channel(config: StudentConfig) -> tuple[list[float], list[float]]:
     return [fmean(m / s for m, s in zip(mean, std, strict=True)) / slope], [1 / slope]
 
 
+def shown_size(folder: Path) -> int | None:
+    """Pixels per side of the images that a run trained on, where its card or its network (a ViT's) says so."""
+    card = read_json(folder / "config.json")
+    look, options = card.get("pretrained_cfg", {}), card.get("model_args", {})
+    size = look["input_size"][-1] if "input_size" in look else options.get("img_size")
+    return size if isinstance(size, int) else None
+
+
 def fresh_student(folder: Path) -> Student:
     """The network that ``folder/config.json`` describes, without its weights.
 

@@ -9,8 +9,10 @@ Deviation: with ``decoder=False`` the half that draws is not built.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 import torch
@@ -67,6 +69,11 @@ class VQGANConfig(Config):
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number at this place of the names."""
     return max((int(m[1]) + 1 for name in state if (m := re.match(pattern, name))), default=0)
+
+
+def whole_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast; on the meta device there is none to leave."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 # Parts
@@ -185,7 +192,7 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, c, h, w) -> ids (B, L): argmin |z|^2 + |e|^2 - 2 z e, the first where several are equally near."""
-        with torch.autocast(z.device.type, enabled=False):  # near a boundary half precision names others
+        with whole_precision(z.device):  # near a boundary half precision names others
             flat, codes = z.flatten(2).transpose(1, 2).float(), self.embedding.weight.float()
             distance = flat.square().sum(2, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
         return distance.argmin(2)

@@ -20,11 +20,13 @@ from diffrep.recipes import (
     dmkd_more,
     fast,
     finetune,
+    mae,
     mixing,
     quickstart,
     repfusion,
     repfusion_cifar10,
     repfusion_rows,
+    roads,
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
@@ -34,6 +36,7 @@ ROOMS = (
     repfusion,
     repfusion_cifar10,
     repfusion_rows,
+    roads,
     dmkd,
     dmkd_cifar10,
     dmkd_cifar100,
@@ -44,6 +47,7 @@ ROOMS = (
     addp_pretrain,
     addp_released,
     addp_finetune,
+    mae,
     finetune,
     clean_input,
     fast,

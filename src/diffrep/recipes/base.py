@@ -28,6 +28,7 @@ from diffrep.methods.contrastive import ContrastiveConfig
 from diffrep.methods.denoiser import DenoiserConfig
 from diffrep.methods.dmkd import DMKDConfig
 from diffrep.methods.finetune import FinetuneConfig
+from diffrep.methods.mae import MAEConfig
 from diffrep.methods.mixing import MixingConfig
 from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.methods.synthesis import SynthesisConfig
@@ -49,6 +50,7 @@ MethodConfig = Annotated[
     | TokenPredictorMethodConfig
     | ADDPConfig
     | CleanInputConfig
+    | MAEConfig
     | MixingConfig,
     Field(discriminator="kind"),
 ]
@@ -254,7 +256,7 @@ class Study(Listed):
 
 
 STAGE = "stage:"
-BEFORE_STAGE = ("random:", "classifier:", "synthetic:")  # what may stand before a reference to a stage
+BEFORE_STAGE = ("random:", "classifier:", "synthetic:", "generated:")  # what may stand before a reference to a stage
 
 
 def references(stage: Task) -> list[str]:

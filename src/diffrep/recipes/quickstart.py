@@ -96,7 +96,7 @@ def quickstart() -> Study:
 def quickstart_debug() -> Study:
     """The same stages with hardly any steps, for tests."""
     study = quickstart()
-    stages = {name: _short(stage) for name, stage in study.stages.items()}
+    stages = {name: shortened(stage) for name, stage in study.stages.items()}
     return study.model_copy(
         update={
             "name": "quickstart_debug",
@@ -107,7 +107,8 @@ def quickstart_debug() -> Study:
     )
 
 
-def _short(stage: Any) -> Any:
+def shortened(stage: Any) -> Any:
+    """The stage with next to nothing to do."""
     if stage.kind == "recipe":
         steps = min(2, stage.train.steps)
         return stage.model_copy(update={"train": stage.train.model_copy(update={"steps": steps, "log_every": 1})})

@@ -46,8 +46,12 @@ ROLES = {
     "mixed": "imitates a mix of several places and timesteps, in shares learned from the labelled images",
     "supervised": "imitates the features of a classifier that learned from labelled images",
     "contrastive": "no teacher; learns which two views belong to one image (SimCLR)",
+    "mae": "no teacher; learns to give back hidden patches of pixels (MAE)",
+    "token_predictor": "no teacher; learns to name hidden tokens (MAGE)",
+    "addp": "learns what a token predictor says, by looking at pixels made of tokens (ADDP)",
     "teacher": "the teacher itself; learned from labelled real images",
     "drawn": "learns what the teacher answers to images that a diffusion model drew; no real image is shown to it",
+    "of_tokens": "learns what the teacher answers to images made of tokens; no real image is shown to it",
     "real": "learns what the teacher answers to real images",
     "photographs": "learns what the teacher answers to pieces of photographs that have nothing to do with the task",
     "one_image": "learns what the teacher answers to pieces of one photograph, turned, mirrored and mixed",
@@ -58,6 +62,7 @@ ROLES = {
     "alternation": "step by step; after each step the tokens are decoded, and the network looks at those pixels",
     "predictor": "step by step on tokens alone; the network sees no pixels on the way",
     "at_once": "one step: every token is drawn for itself, so none can depend on another",
+    "ablated": "tokens and pixels in turn, by a network that learned otherwise than published",
 }
 HEROES = {
     "policy": "the learned policy",

@@ -22,6 +22,7 @@ LOGGED = {
     "tokenizer": {"mse": "mean squared error"},
     "token_predictor": {"masked_top1": "% of hidden tokens named"},
     "addp": {"loss": "loss"},
+    "mae": {"loss": "mean squared error"},
     "clean_input": {"loss": "minus cosine"},
     "mixing": {"loss": "loss"},
     "contrastive": {"loss": "loss"},
@@ -35,6 +36,7 @@ KINDS = {
     "tokenizer": "tokenizer",
     "token_predictor": "token predictor (MAGE)",
     "addp": "ADDP",
+    "mae": "masked autoencoder (MAE)",
     "clean_input": "clean-input extractor (CleanDIFT)",
     "mixing": "learned mix of features",
     "contrastive": "self-supervised learning (SimCLR)",
@@ -62,6 +64,8 @@ CURVE_WORDS = {
     "rest of the tokens in sight. Several tokens often fit one place, so it stays far below 100.",
     ("addp", "loss"): "How far ADDP's guess at the hidden tokens, from pixels, is from what the token predictor says "
     "of them (cross-entropy). It cannot reach zero: the predictor itself is unsure.",
+    ("mae", "loss"): "How far the guessed pixels of hidden patches are from the real ones (mean squared error). By "
+    "default each patch is brought to mean 0 and deviation 1 first; to guess nothing at all then gives about 1.",
     ("clean_input", "loss"): "How well the extractor gives from a clean image what the diffusion model has of a noised "
     "one: minus the cosine of their features, so -1 is the best there can be.",
     ("mixing", "loss"): "Cross-entropy of the mixed features' classifier on the labelled training images.",

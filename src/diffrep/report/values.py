@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 STAGE = "stage:"
-BEFORE_STAGE = ("random:", "classifier:", "synthetic:")  # what may stand before a reference to a stage
+BEFORE_STAGE = ("random:", "classifier:", "synthetic:", "generated:")  # what may stand before a reference to a stage
 CLASSIFIER = ("top1", "top1_six_views", "top5", "agreement", "ece", "best_top1")  # scores of a network's own last layer
 SILENT = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs")  # change no result
 NO_SCORE = ("test_images",)  # stands among the scores and is none
@@ -240,7 +240,13 @@ def builds_on(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
 
 
 # What a student of a classifier learned from, by the kind of its data source; any other kind is real images.
-SOURCES = {"synthetic": "drawn", "photographs": "photographs", "one_image": "one_image", "noise": "noise"}
+SOURCES = {
+    "synthetic": "drawn",
+    "generated": "of_tokens",
+    "photographs": "photographs",
+    "one_image": "one_image",
+    "noise": "noise",
+}
 
 
 def role(entry: Entry, entries: Sequence[Entry]) -> str:
@@ -251,9 +257,9 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
         started = "tuned" if method.get("init") else "drawn_labels" if source == "drawn" else "scratch"
         return "teacher" if started == "scratch" and _teaches(entry, entries) else started
     if entry.kind == "generation":
-        return _walking(entry.recipe)
-    if entry.kind == "contrastive":
-        return "contrastive"
+        return "ablated" if _ablated(entry, entries) else _walking(entry.recipe)
+    if entry.kind in ("contrastive", "mae", "addp", "token_predictor"):
+        return "untrained" if entry.recipe.get("train", {}).get("steps") == 0 else entry.kind
     if entry.kind not in ("repfusion", "dmkd"):
         return "other"
     if entry.recipe.get("train", {}).get("steps") == 0:
@@ -268,6 +274,13 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
 
 
 MADE = {"clean_input": "clean", "mixing": "mixed"}  # teachers made of a diffusion model
+
+
+def _ablated(entry: Entry, entries: Sequence[Entry]) -> bool:
+    """Whether images are made by an ADDP that learned otherwise than published."""
+    named = references(entry.recipe.get("model"))
+    models = [e.recipe.get("method", {}) for e in entries if e.name in named]
+    return any(m.get("unreliable") == "hard" or m.get("target") == "tokens" for m in models)
 
 
 def _walking(recipe: Mapping[str, Any]) -> str:
