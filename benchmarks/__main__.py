@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import (
     alternation,
+    attention,
     augmentation,
     distillation_step,
     kd_step,
@@ -32,6 +33,7 @@ ROOMS = (
     kd_step,
     alternation,
     pretraining,
+    attention,
 )
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 OUT = Path("runs") / "benchmarks.json"

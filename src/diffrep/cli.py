@@ -58,6 +58,9 @@ def run(
     record: Annotated[
         Path | None, typer.Option(help="Of a study: folder of evidence; recorded arms are skipped.")
     ] = None,
+    slurm: Annotated[str | None, typer.Option(metavar="[PARTITION]", help="Of a single run: as a Slurm job.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Of the Slurm job.")] = 1,
+    tasks: Annotated[int, typer.Option(min=1, help="Processes of a node: its GPUs.")] = 1,
     dry_run: DryRun = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
@@ -75,6 +78,16 @@ def run(
             json.dumps(cost, indent=2) if as_json else words.cost(api.show(recipe, overrides or [], allow_code), cost)
         )
     chosen = _integers(seeds, "--seeds") if seeds else None
+    if slurm is not None:
+        from diffrep.launch.slurm_training import train_on_slurm
+        from diffrep.recipes.loading import load
+
+        if chosen or jobs or record:
+            raise typer.BadParameter("--seeds, --jobs and --record are of a study, --slurm of a single run")
+        task = load(recipe, overrides or [], allow_code)
+        out = out or api.default_run_dir(task)
+        said = ["run", recipe, *(f"--set={o}" for o in overrides or []), f"--out={out}", f"--threads={threads}"]
+        train_on_slurm(task, [*said, *["--allow-code"] * allow_code], out, slurm, nodes, tasks)
     result = api.run(recipe, overrides or [], out, chosen, jobs, threads, record, allow_code, say=_say)
     if not result:
         return  # a process of torchrun that does not write

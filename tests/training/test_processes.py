@@ -130,7 +130,7 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
-        [*TORCHRUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=90
+        [*TORCHRUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
 
 

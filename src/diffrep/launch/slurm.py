@@ -1,4 +1,4 @@
-"""Shards as an array of Slurm jobs, through submitit (extra ``slurm``).
+"""Shards as an array of Slurm jobs, through submitit (extra ``slurm``); a training is one: slurm_training.py.
 
 A job makes a stretch of shards. At its time limit, or when it is preempted, it is queued again and makes what is still
 missing. All else that a cluster wants stands in Slurm's own variables (SBATCH_ACCOUNT, SBATCH_TIMELIMIT, ...), which
@@ -49,7 +49,7 @@ class Stretch:
 
     def checkpoint(self) -> Any:
         """submitit's word for: queue me again, as I am."""
-        return _installed().helpers.DelayedSubmission(self)
+        return installed().helpers.DelayedSubmission(self)
 
 
 def on_slurm(partition: str, jobs: int | None = None, executor: Callable[[Path], Any] | None = None) -> Engine:
@@ -60,7 +60,7 @@ def on_slurm(partition: str, jobs: int | None = None, executor: Callable[[Path],
         jobs: of the array; default one per shard, up to 64.
         executor: what makes submitit's executor from its log folder; tests give submitit's local one.
     """
-    submitit = _installed()
+    submitit = installed()
     if executor is None and not shutil.which("sbatch"):
         raise UserError("--slurm: there is no sbatch on this machine; run it where Slurm jobs are submitted from")
 
@@ -68,7 +68,7 @@ def on_slurm(partition: str, jobs: int | None = None, executor: Callable[[Path],
         if not numbers:
             return
         logs = Path(job.folder) / LOGS
-        made = executor(logs) if executor else _cluster(submitit, logs, partition)
+        made = executor(logs) if executor else cluster(submitit, logs, partition)
         count = min(jobs or MOST, len(numbers))
         stretches = [Stretch(job.anywhere(), tuple(numbers[k::count])) for k in range(count)]
         submitted = made.map_array(Stretch.__call__, stretches)
@@ -83,7 +83,8 @@ def on_slurm(partition: str, jobs: int | None = None, executor: Callable[[Path],
     return run
 
 
-def _installed() -> ModuleType:
+def installed() -> ModuleType:
+    """submitit."""
     try:
         import submitit
     except ImportError:
@@ -91,12 +92,13 @@ def _installed() -> ModuleType:
     return submitit
 
 
-def _cluster(submitit: ModuleType, logs: Path, partition: str) -> Any:
+def cluster(submitit: ModuleType, logs: Path, partition: str, nodes: int = 1, tasks: int = 1) -> Any:
+    """submitit's executor of jobs that have ``tasks`` processes on each of ``nodes`` machines, and GPUs for them."""
     made = submitit.SlurmExecutor(folder=logs, max_num_timeout=TIMEOUTS)
-    asked: dict[str, Any] = {"job_name": "diffrep", "time": MINUTES, "nodes": 1, "ntasks_per_node": 1}
+    asked: dict[str, Any] = {"job_name": "diffrep", "time": MINUTES, "nodes": nodes, "ntasks_per_node": tasks}
     asked |= {"cpus_per_task": 1, "setup": ["export OMP_NUM_THREADS=1"]}
     asked |= {"partition": partition} if partition else {}
-    asked |= {"gpus_per_node": 1} if _has_gpus(partition) else {}
+    asked |= {"gpus_per_node": tasks} if _has_gpus(partition) else {}
     made.update_parameters(**asked)
     return made
 

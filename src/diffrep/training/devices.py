@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from diffrep.errors import UserError
+from diffrep.training.sharding import finite
 
 
 def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_parameters: bool) -> Accelerator:
@@ -44,6 +47,17 @@ def accelerator(precision: str, track: Sequence[str], run_dir: Path, uses_all_pa
     return made
 
 
+def attention(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Which attention a step takes: torch's fastest, but by its formula in bfloat16 on a CPU.
+
+    There the fused one is several times slower backwards: ``python -m benchmarks attention``.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
+
+
 def in_shares(rows: range, size: int | None) -> list[range]:
     """A device's rows in stretches of at most ``size``: its micro-batches."""
     size = size or len(rows)
@@ -62,10 +76,14 @@ def gathered(accelerator: Accelerator, pending: list[dict[str, Tensor]]) -> dict
     return {n: accelerator.reduce(torch.stack([parts[n] for parts in pending]), "mean") for n in pending[0]}
 
 
-def non_finite_weight(method: nn.Module, position: int) -> tuple[str, int, str] | None:
-    """Like :func:`first_non_finite`, of what is trained: a finite loss may have an infinite gradient."""
-    names = (name for name, value in method.named_parameters() if not torch.isfinite(value).all())
-    return next(((f"weight {name}", position, "not finite") for name in names), None)
+def non_finite_weight(accelerator: Accelerator, method: nn.Module, position: int) -> tuple[str, int, str] | None:
+    """Like :func:`first_non_finite`, of what is trained: a finite loss may have an infinite gradient.
+
+    All processes find the same, also where each holds a share of a weight.
+    """
+    names, good = zip(*((name, finite(value)) for name, value in method.named_parameters()), strict=True)
+    bad = accelerator.reduce((~torch.stack(good)).float())
+    return next(((f"weight {names[k]}", position, "not finite") for k in bad.nonzero()[:1, 0].tolist()), None)
 
 
 def first_non_finite(parts: dict[str, Tensor]) -> tuple[str, int, str] | None:

@@ -9,35 +9,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffrep.config import Config
 from diffrep.console import Report
 from diffrep.data.feed import Feed
 from diffrep.errors import Interrupted, RunError, UserError
 from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded, stream
-from diffrep.training import best, checkpoint
-from diffrep.training.devices import accelerator, agreed, first_non_finite, gathered, in_shares, non_finite_weight
+from diffrep.training import best, checkpoint, devices, sharding
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
 from diffrep.training.run import RunDir
 
-
-class TrainConfig(Config):
-    """How long, how much at once, how exact, and what is kept."""
-
-    steps: int = Field(ge=0)  # updates; 0 keeps the initialisation
-    batch_size: int = Field(64, ge=1)  # images per update over all devices
-    micro_batch_size: int | None = Field(None, ge=1)  # images per device and forward; None: all of a device's share
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; fp16 needs a GPU
-    clip_norm: float | None = Field(None, gt=0)  # of the gradient of all parts together
-    ema_decay: float | None = Field(None, gt=0, lt=1)  # per step, of the trained part; the export then is the mean
-    log_every: int = Field(50, ge=1)  # steps
-    checkpoint_every: int = Field(500, ge=1)  # steps
-    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
+__all__ = ["TrainConfig", "Trainer"]
 
 
 class Trainer:
@@ -46,18 +32,26 @@ class Trainer:
     def __init__(
         self, method: Method, feed: Feed, optim: OptimConfig, config: TrainConfig, seed: int, run: RunDir
     ) -> None:
-        self.accelerator = accelerator(config.precision, config.track, run.path, method.uses_all_parameters)
+        self.accelerator = devices.accelerator(config.precision, config.track, run.path, method.uses_all_parameters)
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % processes:
             raise UserError(f"train.batch_size {config.batch_size} cannot be split over {processes} processes")
         self.rows = range(self.rank, config.batch_size, processes)  # strided, so that labelled rows are shared out
         self.method, self.feed, self.config, self.optim, self.seed, self.run = method, feed, config, optim, seed, run
+        self.shards = config.sharding is not None and processes > 1
+        if self.shards:
+            sharding.check(optim.name, method)
         feed.to(self.accelerator.device)
-        self.optimizer = optimiser(optim, method.parameter_groups(), config.batch_size, *method.depths())
-        self.wrapped, self.stepper = self.accelerator.prepare(method, self.optimizer)
-        self.ema = Ema(method, config.ema_decay) if config.ema_decay else None
+        self.hand_out(method.to(self.accelerator.device) if self.shards else self.accelerator.prepare(method))
         self.seconds = 0.0
         self.pending: list[dict[str, Tensor]] = []  # parts of the steps since the last log line
+
+    def hand_out(self, wrapped: nn.Module) -> None:
+        """The optimiser of what the method's parameters are now; ``wrapped`` is what a step calls."""
+        groups, batch_size = self.method.parameter_groups(), self.config.batch_size
+        self.optimizer = optimiser(self.optim, groups, batch_size, *self.method.depths())
+        self.wrapped, self.stepper = wrapped, self.accelerator.prepare(self.optimizer)
+        self.ema = Ema(self.method, self.config.ema_decay) if self.config.ema_decay else None
 
     def fit(self, stop: Callable[[], bool] = lambda: False, progress: Report = lambda *_: None) -> dict[str, Any]:
         """Train to the end; returns steps, images seen and CPU seconds.
@@ -74,7 +68,7 @@ class Trainer:
             self.step(step)
             step += 1
             self.seconds = time.process_time() - began
-            stopping = agreed(self.accelerator, stop()) and step < steps
+            stopping = devices.agreed(self.accelerator, stop()) and step < steps
             saving = step % self.config.checkpoint_every == 0 or step == steps or stopping
             if saving or step % self.config.log_every == 0:
                 self.log(step)
@@ -85,20 +79,21 @@ class Trainer:
                 raise Interrupted(f"stopped at step {step} of {steps}, saved; the same command goes on from there")
         if self.ema:
             self.ema.copy_to(self.method)
+        sharding.gather(self.method)
         self.accelerator.end_training()
         return {"steps": steps, "images_seen": steps * self.config.batch_size, "cpu_seconds": round(self.seconds, 2)}
 
     def step(self, step: int) -> None:
         """One update: the global batch in micro-batches, then the optimiser."""
         set_rates(self.optimizer, lr_factor(self.optim.lr_schedule, step, self.config.steps))
-        shares = in_shares(self.rows, self.config.micro_batch_size)
+        shares = devices.in_shares(self.rows, self.config.micro_batch_size)
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(shares):
             batch = self.feed.batch(step, list(rows), self.accelerator.device)
             rng = Rows(stream(self.seed, "step", step, device=self.accelerator.device), self.config.batch_size, rows)
             more = number + 1 < len(shares)  # gradients are exchanged once, after the last micro-batch
             with self.accelerator.no_sync(self.wrapped) if more else contextlib.nullcontext():
-                with seeded(self.seed, "dropout", step, self.rank, number):
+                with seeded(self.seed, "dropout", step, self.rank, number), devices.attention(self.accelerator):
                     parts = self.wrapped(batch, rng, step / self.config.steps)
                 weight = len(rows) / len(self.rows)
                 self.accelerator.backward(parts["loss"] * weight)
@@ -116,9 +111,11 @@ class Trainer:
     def log(self, step: int) -> None:
         """Write the mean of each part since the last line, after all of it was found finite."""
         first = step - len(self.pending)
-        stacked = gathered(self.accelerator, self.pending)
+        stacked = devices.gathered(self.accelerator, self.pending)
         self.pending = []
-        if bad := first_non_finite(stacked) or non_finite_weight(self.method, step - first - 1):
+        if bad := devices.first_non_finite(stacked) or devices.non_finite_weight(
+            self.accelerator, self.method, step - first - 1
+        ):
             raise self.not_finite(bad[0], first + bad[1] + 1, bad[2])
         means = {n: v.mean(0).tolist() for n, v in stacked.items()}
         lr = self.optimizer.param_groups[0]["lr"]
@@ -132,15 +129,18 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Checkpoint; the caller has logged, so that none is written after a loss that was not finite."""
-        if self.run.writes:
-            scaler = self.accelerator.scaler
-            note = {"cpu_seconds": self.seconds, "scaler": scaler.state_dict() if scaler else None}
-            checkpoint.save(self.run.path / "checkpoints", step, self.method, self.optimizer, self.ema, note)
-            best.offer(self.run.path, step, self.method)
+        scaler, folder, writes = self.accelerator.scaler, self.run.path / "checkpoints", self.run.writes
+        note = {"cpu_seconds": self.seconds, "scaler": scaler.state_dict() if scaler else None}
+        checkpoint.save(folder, step, self.method, self.optimizer, self.ema, note, writes)
+        with sharding.whole(self.method):
+            if writes:
+                best.offer(self.run.path, step, self.method)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """The step to start from."""
+        """The step to start from. Shares are made now: ``Method.prepare`` was shown whole networks."""
+        if self.shards:
+            self.hand_out(sharding.sharded(self.method, self.accelerator))
         found = checkpoint.latest(self.run.path / "checkpoints")
         note = checkpoint.load(found, self.method, self.optimizer, self.ema) if found else {"step": 0}
         if note.get("scaler") and self.accelerator.scaler:
