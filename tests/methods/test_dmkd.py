@@ -22,9 +22,10 @@ from diffrep.models import convert
 from diffrep.models.students import Student, StudentConfig, create
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.recipes.base import Recipe
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.run import RunDir
-from diffrep.training.trainer import TrainConfig, Trainer
+from diffrep.training.trainer import Trainer
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 TINY = {"in_chans": 1, "widths": [4, 8], "pool": 1}

@@ -23,9 +23,10 @@ from diffrep.models.addp_vit import MEAN, STD, ADDPVit, ADDPVitConfig, timm_vit
 from diffrep.models.stored import load_student
 from diffrep.models.students import Student, StudentConfig
 from diffrep.randomness import Rows, seeded
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 from diffrep.training.run import RunDir
-from diffrep.training.trainer import TrainConfig, Trainer
+from diffrep.training.trainer import Trainer
 
 SIZE = {"image_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 4}
 SHAPE = {"decoder_depth": 1, "decoder_num_heads": 4, "num_codes": 5, "init_std": 0.5}

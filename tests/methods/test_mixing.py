@@ -27,9 +27,10 @@ from diffrep.randomness import Rows, stream
 from diffrep.recipes import RECIPES
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.loading import load
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.run import RunDir
-from diffrep.training.trainer import TrainConfig, Trainer
+from diffrep.training.trainer import Trainer
 
 SMALL = {"taps": ("stem", "mid"), "timesteps": (0, 900), "width": 8, "grid": 4}
 

@@ -30,9 +30,10 @@ from diffrep.models.students import StudentConfig
 from diffrep.randomness import Rows, stream
 from diffrep.recipes import RECIPES
 from diffrep.recipes.base import Recipe
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.run import RunDir
-from diffrep.training.trainer import TrainConfig, Trainer
+from diffrep.training.trainer import Trainer
 
 CONV = StudentConfig(name="conv_small", options={"in_chans": 1})
 MLP = StudentConfig(name="mlp_small", options={"in_chans": 1, "img_size": 8})

@@ -12,9 +12,10 @@ from diffrep.data.datasets import DataConfig, ImageSet
 from diffrep.data.feed import Feed
 from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
 from diffrep.training.run import RunDir
-from diffrep.training.trainer import TrainConfig, Trainer
+from diffrep.training.trainer import Trainer
 
 
 class Tiny(Method):

@@ -26,7 +26,8 @@ INSIDE = 0.95
 SCORE = "top1"  # of a network's own last layer; a probe's score, with labels of its own, is not held against it
 # What a recipe says that does not change the student: the rest of two points of one scale is alike, but the labels.
 SAYS = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs", "evaluate")
-NOT_REAL = ("synthetic", "generated", "photographs", "one_image", "noise")  # kinds of data whose labels are none of real images
+# Kinds of data whose labels are none of real images.
+NOT_REAL = ("synthetic", "generated", "photographs", "one_image", "noise")
 
 Scores = Mapping[int, float]  # seed -> percent
 Arm = tuple[Mapping[str, Any], Mapping[int, Mapping[str, Any]]]  # a recipe, and its results by seed

@@ -22,8 +22,8 @@ from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.vqgan import VQGANConfig
 from diffrep.recipes import dmkd
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 DIGITS = DataConfig(source="digits")
 SMALL = {"embed_dim": 64, "num_heads": 4, "decoder_num_heads": 4, "dropout": 0.0, "init_std": 0.5}

@@ -29,8 +29,8 @@ from diffrep.models.students import StudentConfig
 from diffrep.models.vqgan import VQGANConfig
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
 from diffrep.recipes.dmkd_cifar10 import IMAGES, REAL, TEACHER
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 DATA = DataConfig(source=REAL, augment="flip")
 NETWORK = TransformerConfig(embed_dim=128, depth=6, num_heads=4, decoder_depth=4, decoder_num_heads=4, dropout=0.0)

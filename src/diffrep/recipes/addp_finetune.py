@@ -19,8 +19,8 @@ from diffrep.models.students import StudentConfig
 from diffrep.recipes.addp import addp_debug
 from diffrep.recipes.addp_released import SIZES
 from diffrep.recipes.base import Published, Recipe, Rival, Study
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 IMAGES = 1_281_167  # of ImageNet-1k's training part
 MIN_LR = 1e-6

@@ -17,8 +17,8 @@ from diffrep.models.masked_vit import TransformerConfig
 from diffrep.recipes import addp_released
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.dmkd_rows import HELD_OUT, named
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 BATCH = 4096
 EPOCH = 1_281_167 // BATCH  # updates: what does not fill a batch is dropped

@@ -34,8 +34,8 @@ from diffrep.methods.repfusion import RepFusionConfig
 from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.methods.token_predictor import TokenPredictorMethodConfig
 from diffrep.methods.tokenizer import TokenizerConfig
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 FORMAT = 1  # of recipe files; a file of another format is refused
 NAME = r"^[a-z][a-z0-9_]{0,79}$"

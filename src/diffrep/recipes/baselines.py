@@ -18,8 +18,8 @@ from diffrep.methods.repfusion import RepFusionConfig, TimestepConfig
 from diffrep.recipes.base import MethodConfig, Recipe
 from diffrep.recipes.dmkd_cifar10 import IMAGES, REAL, STUDENT
 from diffrep.recipes.repfusion import CONV
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 # Digits
 

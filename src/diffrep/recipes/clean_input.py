@@ -7,8 +7,8 @@ from diffrep.frozen.passes import PassConfig
 from diffrep.methods.clean_input import CleanInputConfig
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 # The published rate, warm-up and batch (Adam 1e-5 after 2,000 steps, 8 images) are for Stable Diffusion.
 ASSUMED = ("rate, warm-up, batch, heads' sizes, and a rate of its own for the timestep: the network is small",)

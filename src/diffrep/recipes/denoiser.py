@@ -6,8 +6,8 @@ from diffrep.data.datasets import DataConfig
 from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.denoiser import DenoiserConfig
 from diffrep.recipes.base import Recipe
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 
 def denoiser_digits() -> Recipe:

@@ -17,8 +17,8 @@ from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import AnswerTask, Recipe, Stage, Study, SynthesisTask
 from diffrep.recipes.denoiser import denoiser_digits_conditional
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 REAL = "digits"
 STUDENT = StudentConfig(name="conv_small", options={"in_chans": 1, "widths": [16, 32, 32], "pool": 1})  # 14,458

@@ -14,8 +14,8 @@ from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Recipe, Stage, Study, SynthesisTask
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 REAL, SET = "cifar10:data/cifar10", "synthetic:stage:set"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10's training images

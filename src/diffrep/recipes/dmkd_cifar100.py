@@ -15,7 +15,7 @@ from diffrep.methods.dmkd import KdLossConfig
 from diffrep.recipes import dmkd_rows as rows
 from diffrep.recipes.base import Recipe, Rival, Study
 from diffrep.recipes.dmkd_rows import Bench, Course, Lesson
-from diffrep.training.trainer import TrainConfig
+from diffrep.training.config import TrainConfig
 
 # The mean and std that FastDFKD's and DM-KD's code share.
 BENCH = Bench("cifar100:data/cifar100", 32, "crop_flip:4", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))

@@ -19,8 +19,8 @@ from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Published, Recipe, Rival, Study, SynthesisTask
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 Triple = tuple[float, float, float]
 

@@ -13,8 +13,8 @@ from diffrep.methods.finetune import FinetuneConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Published, Recipe
 from diffrep.recipes.dmkd_cifar10 import IMAGES, MEAN, REAL, STD
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 BATCH, EPOCHS, SHOWN = 2_000, 8, 45_000
 STEPS = EPOCHS * SHOWN // BATCH

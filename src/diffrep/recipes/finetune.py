@@ -6,8 +6,8 @@ from diffrep.data.datasets import DataConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.repfusion import CONV
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 
 def finetune_digits_conv() -> Recipe:

@@ -7,8 +7,8 @@ from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.mae import MAEConfig
 from diffrep.models.mae_vit import MAEVitConfig
 from diffrep.recipes.base import Recipe
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 
 def mae_debug() -> Recipe:

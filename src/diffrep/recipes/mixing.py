@@ -7,8 +7,8 @@ from diffrep.frozen.passes import PassConfig
 from diffrep.methods.mixing import MixingConfig
 from diffrep.recipes.base import Recipe
 from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 # At the projections' rate the weights would hardly leave equality in a few hundred steps; at ten times that rate 50
 # labels settle on two of twelve.

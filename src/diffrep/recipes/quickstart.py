@@ -21,8 +21,8 @@ from diffrep.recipes import addp, dmkd
 from diffrep.recipes.base import FeatureTask, Ours, Recipe, Study, SweepTask
 from diffrep.recipes.denoiser import denoiser_digits
 from diffrep.recipes.repfusion import CONV, DIGITS_TIMESTEPS, GREY_HINT, MLP
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 LABELS = 50  # of 1,078 training images; whatever uses labels sees these and no other
 BEST, WORST = 100, 950  # named before the run, from earlier trials; the sweep in the report shows whether they fit

@@ -9,8 +9,8 @@ from diffrep.evaluation.classify import EvaluateConfig
 from diffrep.methods.repfusion import PairConfig, RepFusionConfig, TimestepConfig
 from diffrep.models.students import StudentConfig
 from diffrep.recipes.base import Recipe
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 DIGITS_TIMESTEPS = (0, 25, 50, 100, 200, 300, 400, 600, 800, 950)
 CONV = StudentConfig(name="conv_small", options={"in_chans": 1})

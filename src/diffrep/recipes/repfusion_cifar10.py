@@ -25,8 +25,8 @@ from diffrep.recipes.base import MethodConfig, Ours, Recipe, Stage, Study, Sweep
 from diffrep.recipes.clean_input import clean_input_cifar10_small
 from diffrep.recipes.dmkd_cifar10 import DENOISER, GENERATOR, IMAGES, REAL, STUDENT
 from diffrep.recipes.mixing import mixing_cifar10_small
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 TEACHER, TAP = GENERATOR, "up_blocks.1"
 LABELS = 1_000

@@ -23,8 +23,8 @@ from diffrep.models.students import StudentConfig
 from diffrep.recipes import addp, dmkd, quickstart
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
 from diffrep.recipes.repfusion import CONV
+from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
-from diffrep.training.trainer import TrainConfig
 
 LABELS, SHIFTED = quickstart.LABELS, quickstart.SHIFTED
 FIRST, SECOND = 800, quickstart.FINETUNE_STEPS  # steps of 64 images, then of 50

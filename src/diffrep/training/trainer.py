@@ -23,8 +23,6 @@ from diffrep.training.config import TrainConfig
 from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
 from diffrep.training.run import RunDir
 
-__all__ = ["TrainConfig", "Trainer"]
-
 
 class Trainer:
     """Runs ``config.steps`` updates of ``method`` on ``feed``, from the last checkpoint in ``run`` if there is one."""
