@@ -11,6 +11,8 @@ import pytest
 from diffrep.recipes import RECIPES
 from diffrep.recipes.repfusion import CONV
 from diffrep.rehearsal import rehearse
+from diffrep.report.arms import ROLES
+from diffrep.report.values import Entry, role
 from diffrep.stages import run_task
 from diffrep.studies import instances
 
@@ -47,6 +49,14 @@ def test_what_other_studies_have_is_theirs_to_the_hash(tmp_path):
     }.items():
         theirs = {i.name: i.hash for i in instances(RECIPES[study](), tmp_path)}
         assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def test_the_report_says_what_each_arm_is_there_for():
+    entries = [Entry(n, STUDY.arms.get(n, n), s.model_dump(mode="json")) for n, s in STUDY.stages.items()]
+    roles = {entry.name: role(entry, entries) for entry in entries if entry.name in STUDY.arms}
+    assert set(roles.values()) <= ROLES.keys()
+    told = ("addp_hint", "untrained_hint", "few_addp", "few_addp_on", "few_drawn", "classifier_few")
+    assert [roles[name] for name in told] == ["encoder", "random", "of_tokens", "continued", "drawn", "teacher"]
 
 
 FEATURES = ("tokenizer", "token_predictor", "addp", "addp_hint", "addp_hint_tuned")

@@ -36,7 +36,7 @@ DATA = DataConfig(source=REAL, augment="flip")
 NETWORK = TransformerConfig(embed_dim=128, depth=6, num_heads=4, decoder_depth=4, decoder_num_heads=4, dropout=0.0)
 TOKENS = VQGANConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=32, num_codes=256)
 WARM = LrScheduleConfig(warmup_steps=100)
-LABELS, BATCH, TUNING = 1_000, 64, 1_500  # labelled images, images per step, steps of fine-tuning
+LABELS, BATCH, TUNING = 1_000, 64, 750  # labelled images, images per step, steps of fine-tuning
 OF_TOKENIZER, OF_PREDICTOR = (
     f"weights: runs/{name} (diffrep run {name} --out runs/{name})"
     for name in ("tokenizer_cifar10_small", "token_predictor_cifar10_small")

@@ -51,6 +51,8 @@ ROLES = {
     "addp": "learns what a token predictor says, by looking at pixels made of tokens (ADDP)",
     "teacher": "the teacher itself; learned from labelled real images",
     "drawn": "learns what the teacher answers to images that a diffusion model drew; no real image is shown to it",
+    "encoder": "imitates the features of ADDP's encoder, which knows no timestep and saw no label",
+    "continued": "imitates features first, then learns what the teacher answers to images that nobody took",
     "of_tokens": "learns what the teacher answers to images made of tokens; no real image is shown to it",
     "real": "learns what the teacher answers to real images",
     "photographs": "learns what the teacher answers to pieces of photographs that have nothing to do with the task",

@@ -259,21 +259,27 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.kind == "generation":
         return "ablated" if _ablated(entry, entries) else _walking(entry.recipe)
     if entry.kind in ("contrastive", "mae", "addp", "token_predictor"):
-        return "untrained" if entry.recipe.get("train", {}).get("steps") == 0 else entry.kind
+        return "untrained" if _is_untrained(entry) else entry.kind
     if entry.kind not in ("repfusion", "dmkd"):
         return "other"
-    if entry.recipe.get("train", {}).get("steps") == 0:
+    if _is_untrained(entry):
         return "untrained"
     teachers = _teachers(method, entries)
-    if any(text.startswith("random:") for text in teachers):
+    known = [e for e in entries if e.name in references(teachers)]
+    if any(text.startswith("random:") for text in teachers) or any(map(_is_untrained, known)):
         return "random"
     if any(text.startswith("classifier:") for text in teachers):
         return "supervised"
-    made = [MADE[e.kind] for e in entries if e.kind in MADE and e.name in references(teachers)]
-    return source if entry.kind == "dmkd" else (made or [_looking(method)])[0]
+    if entry.kind == "dmkd":
+        return "continued" if method.get("init") else source
+    return ([MADE[e.kind] for e in known if e.kind in MADE] or [_looking(method)])[0]
 
 
-MADE = {"clean_input": "clean", "mixing": "mixed"}  # teachers made of a diffusion model
+MADE = {"clean_input": "clean", "mixing": "mixed", "addp": "encoder"}  # teachers of features that know no timestep
+
+
+def _is_untrained(entry: Entry) -> bool:
+    return entry.recipe.get("train", {}).get("steps") == 0
 
 
 def _ablated(entry: Entry, entries: Sequence[Entry]) -> bool:
