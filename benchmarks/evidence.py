@@ -21,7 +21,7 @@ Arms = dict[str, dict[int, dict[str, Any]]]  # stage -> seed -> recorded arm
 
 
 def recorded(study: Study) -> Arms:
-    """Every recorded arm of ``study``, whichever study wrote it; one of its own by another recipe is refused."""
+    """Every recorded arm of ``study``, whichever study wrote it, its own first; its own by another recipe: refused."""
     arms: Arms = {}
     hashes = {instance.name: instance.hash for instance in instances(study, Path("."))}
     for file in sorted((RESULTS / "data").glob("*.json")):
@@ -29,8 +29,9 @@ def recorded(study: Study) -> Arms:
         fits = hashes.get(arm["stage"]) == arm["hash"]
         if arm["study"] == study.name and not fits:
             raise SystemExit(f"{file} was made by another recipe: delete it and run make evidence again")
-        if fits:
-            arms.setdefault(arm["stage"], {})[arm["seed"]] = arm
+        known = arms.setdefault(arm["stage"], {}) if fits else {}
+        if arm["study"] == study.name or arm["seed"] not in known:
+            known[arm["seed"]] = arm
     return arms
 
 
