@@ -101,8 +101,8 @@ def _cifar10() -> list[str]:
 
 
 CIFAR10_WORDS = (
-    "What it shows: at this budget pixels win. MAE's encoder is far ahead of MAGE's and of ADDP's in a linear probe, at "
-    "a third of ADDP's arithmetic and without a tokenizer, and ADDP's is no better than the same network untrained. A "
+    "What it shows: at this budget pixels win. MAE's encoder is far ahead of MAGE's and of ADDP's in a linear probe, "
+    "at a third of ADDP's arithmetic and without a tokenizer; ADDP's is below the same network untrained. A "
     "codebook of 256 codes for 4x4 pixels keeps colours and edges (PSNR of its copies 20.5 dB); the predictor names "
     "4.3 % of the hidden tokens (chance 0.4 %), so the soft targets and the decoded unreliable tokens that ADDP learns "
     "from say little. The published models are trained for about ten thousand times as many images, on a tokenizer and "
