@@ -125,9 +125,9 @@ def paired(arms: Arms, one: str, other: str, key: str) -> list[float]:
 
 
 def verdict(differences: list[float]) -> str:
-    """In words: a sign that every seed shares is a finding, anything else is not."""
-    if len(differences) == 1:
-        return "one seed: undecided"
+    """In words: a sign that every one of three or more seeds shares is a finding, anything else is not."""
+    if len(differences) < 3:
+        return f"{['one seed', 'two seeds'][len(differences) - 1]}: undecided"
     above = sum(d > 0 for d in differences)
     if above == len(differences):
         return "better in every seed"

@@ -265,6 +265,15 @@ def test_a_resumed_run_ends_in_the_same_bits(build, tmp_path, options):
     assert not tiny.same(tiny.weights(whole), tiny.weights(build(**options)))
 
 
+def test_blocks_are_computed_again_by_the_attention_they_were_computed_by(build, tmp_path):
+    """In bfloat16 on a CPU forward and backward pass leave torch's fused kernel alone (training/devices.py)."""
+    made = build(dropout=0.0, checkpoint_blocks=True)
+    loop(tmp_path / "again", made, precision="bf16").fit()
+    kept = build(dropout=0.0)
+    loop(tmp_path / "kept", kept, precision="bf16").fit()
+    assert tiny.same(tiny.weights(made), tiny.weights(kept))
+
+
 def test_weight_decay_spares_what_the_official_code_spares(build, tmp_path):
     """Biases and norms; not class token, mask token, tables of positions and token embeddings."""
     made = build()

@@ -10,6 +10,7 @@ from diffrep.diffusion.masking import masked_after
 from diffrep.frozen.tokens import write_network
 from diffrep.methods.token_predictor import mage_counts
 from diffrep.recipes import RECIPES
+from diffrep.recipes.addp_cifar10 import DRAWN, ENCODERS, TRAINED
 
 RATE = 60e9  # multiply-adds a second
 
@@ -59,6 +60,8 @@ def test_fine_tuning_and_scratch_have_the_encoders_network(networks):
     study = RECIPES["addp_cifar10_small"]()
     config = networks["addp"][0].student.config
     assert study.stages["scratch"].method.student == study.stages["addp_tuned"].method.student == config
+    token_encoder = networks["token_predictor"][0].student.config
+    assert study.stages["token_predictor_tuned"].method.student == token_encoder
     assert study.stages["scratch"].method.init is None and study.stages["addp_tuned"].method.init == "stage:addp"
     assert study.stages["scratch"].train.steps == 2 * study.stages["addp_tuned"].train.steps
 
@@ -74,8 +77,9 @@ def test_the_study_reads_its_own_networks_and_tests_read_few_labels():
                 assert mine["method"][field] == f"stage:{field}"
                 shipped["method"][field] = mine["method"][field]
         assert mine | {"needs": ()} == shipped | {"needs": ()}
-    for arm in study.arms:
+    for arm in ENCODERS:
         assert study.stages[arm].evaluate.probe_labels == (1_000,)
+    assert study.arms == ENCODERS | DRAWN | TRAINED
     assert study.stages["untrained"].train.steps == 0
     walk = study.stages["alternation"].alternation
     assert len(masked_after(walk, 64)) == len(mage_counts(walk, 64)) == 16

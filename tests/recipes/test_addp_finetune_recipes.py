@@ -37,7 +37,7 @@ def test_every_argument_of_the_finetune_scripts(name):
     assert optim.weight_decay_exclude_1d and optim.rate(train.batch_size) == pytest.approx(4 * blr)
     assert (train.batch_size, train.steps) == (1024, epochs * STEPS)
     assert (train.precision, train.clip_norm, train.ema_decay) == ("fp16", None, None)
-    assert (recipe.data.image_size, recipe.data.augment) == (256, "resized_crop:1000000")
+    assert (recipe.data.image_size, recipe.data.augment) == (256, "resized_crop:1000000:bicubic")
     assert recipe.evaluate.protocol == "classifier" and recipe.assumed and len(recipe.needs) == 2
 
 

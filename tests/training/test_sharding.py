@@ -38,7 +38,9 @@ for name, options in cases.REFUSED.items():
 '''
 
 CASES = '''
+import gc
 import json
+import weakref
 
 import tiny
 import torch
@@ -57,7 +59,7 @@ SAMPLE = {"ratio_per": "sample", "minimum": 0.9, "mu": 1.0, "std": 0.05}
 CASES = {
     "adam": {"clip_norm": 0.5, "micro_batch_size": 2},
     "sample": {"method": {"mask": SAMPLE}, "optim": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
-    "mean": {"ema_decay": 0.9, "method": {"checkpoint_blocks": True}, "precision": "bf16"},
+    "mean": {"ema_decay": 0.9, "method": {"checkpoint_blocks": True, "dropout": 0.0}, "precision": "bf16"},
 }
 REFUSED = {
     "muon": {"optim": {"name": "muon", "lr": 0.1}},
@@ -67,9 +69,10 @@ REFUSED = {
 }
 
 
-def built(tokens, uses_all=True, **options):
+def built(tokens, uses_all=True, dropout=0.1, **options):
+    network = SMALL | {"dropout": dropout}
     with seeded(1, "addp"):
-        made = ADDP(ADDPConfig(tokenizer=tokens, token_predictor=tokens, network=SMALL, **options), 2, 8)
+        made = ADDP(ADDPConfig(tokenizer=tokens, token_predictor=tokens, network=network, **options), 2, 8)
     made.uses_all_parameters = uses_all
     return made
 
@@ -97,6 +100,7 @@ def fitted(tokens, folder, name, rank, stop=None, spoilt=False, **options):
     made = loop(tokens, folder, name, rank, **options)
     made.accelerator.end_training = lambda: None  # it would close the process group, which serves all cases
     seen = []
+    before = [weakref.ref(weight) for weight in made.method.parameters()]
     if spoilt and rank:
         made.method.losses = spoilt_losses(made.method)
 
@@ -105,6 +109,8 @@ def fitted(tokens, folder, name, rank, stop=None, spoilt=False, **options):
         seen.append((sum(isinstance(w, DTensor) for w in weights), len(weights)))
         state = [v for s in made.optimizer.state.values() for k, v in s.items() if k != "step"]
         if made.shards:
+            gc.collect()
+            assert not any(weight() is not None for weight in before)  # nobody holds whole weights
             assert all(isinstance(v, DTensor) for v in state) and state
             here = sum(v.to_local().numel() for v in state)
             assert here < 0.6 * sum(v.numel() for v in state)  # the first process has what divides unevenly

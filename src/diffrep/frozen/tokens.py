@@ -12,6 +12,7 @@ Nothing is ever replaced by random weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.config import Config, validate
+from diffrep.counting import multiply_adds
 from diffrep.errors import UserError
 from diffrep.files import located, read_json, write_json
 from diffrep.frozen.base import FrozenModule
@@ -59,6 +61,17 @@ class Tokenizer(FrozenModule):
     @property
     def num_codes(self) -> int:
         return self.module.config.num_codes
+
+    def encode_multiply_adds(self, image_size: int) -> int:
+        """Of one square image."""
+        blank = copy.deepcopy(self.module).to("meta")
+        return multiply_adds(lambda: blank.encode(torch.empty(1, 3, image_size, image_size, device="meta")))
+
+    def decode_multiply_adds(self, image_size: int) -> int:
+        """Of one square image."""
+        blank, side = copy.deepcopy(self.module).to("meta"), image_size // self.stride
+        latents = torch.empty(1, side * side, self.module.config.z_channels, device="meta")
+        return multiply_adds(lambda: blank.decode(latents, (side, side)))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w) of (B, 3, H, W).

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from diffrep import losses
 from diffrep.config import Config
-from diffrep.counting import multiply_adds, on_meta
+from diffrep.counting import multiply_adds
 from diffrep.data.batch import Batch
 from diffrep.diffusion.masking import (
     AlternationConfig,
@@ -187,11 +187,8 @@ class ADDP(Method):
 
     def frozen_multiply_adds(self) -> int:
         """Encode and decode an image, ask the predictor for x_t and for the target; at the same share."""
-        shape, predictor = self.network.config, self.predictor.module
-        image = torch.zeros(1, 3, shape.image_size, shape.image_size)
-        latents = torch.zeros(1, self.tokenizer.module.config.z_channels, *shape.grid)
-        halves = (self.tokenizer.module.encoder, image), (self.tokenizer.module.decoder, latents)
-        counted = sum(multiply_adds(on_meta(half, given)) for half, given in halves if half is not None)
+        size, predictor = self.network.config.image_size, self.predictor.module
+        counted = self.tokenizer.encode_multiply_adds(size) + self.tokenizer.decode_multiply_adds(size)
         with torch.device("meta"):
             blank = type(predictor)(predictor.config)
         ids, visible, masked = self._three_quarters(torch.device("meta"), 1)

@@ -23,7 +23,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffrep import losses
-from diffrep.counting import multiply_adds, on_meta
 from diffrep.data.batch import Batch
 from diffrep.diffusion.masking import (
     AlternationConfig,
@@ -112,8 +111,11 @@ class TokenPredictorMethod(Method):
         self.network(ids, ids == 0, shown=self.shown(ids)).sum().backward()
 
     def frozen_multiply_adds(self) -> int:
-        image = torch.zeros(1, 3, self.image_size, self.image_size)
-        return multiply_adds(on_meta(self.tokenizer.module.encoder, image))
+        return self.tokenizer.encode_multiply_adds(self.image_size)
+
+    def depths(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+        """The head's bias over the vocabulary is stored with three dimensions, and is a bias all the same."""
+        return [], [self.network.mlm_layer.bias]
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         """The predictor, the tokenizer it belongs to, and its encoder as a student."""

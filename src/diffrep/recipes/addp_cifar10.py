@@ -114,7 +114,7 @@ def _trained(steps: int) -> TrainConfig:
 
 
 def _adamw(lr: float) -> OptimConfig:
-    """Betas and decay as in ADDP's and MAGE's scripts."""
+    """Betas and decay of ADDP's and MAGE's scripts, which spare biases and norms; here all weights decay."""
     return OptimConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.05, lr_schedule=WARM)
 
 
@@ -130,6 +130,7 @@ ENCODERS = {
     "addp": "ADDP's encoder",
     "addp_tuned": "ADDP's encoder, then fine-tuned",
 }
+TRAINED = {"tokenizer": "tokenizer"}
 DRAWN = {
     "alternation": "ADDP: tokens and pixels in turn",
     "predictor_alone": "MAGE: token predictor alone",
@@ -144,7 +145,7 @@ def addp_cifar10_small() -> Study:
         name="addp_cifar10_small",
         about="Tokenizer, MAGE, ADDP and MAE on CIFAR-10; probe, fine-tuning, and generated images.",
         stages={**_joined(), **_labelled_arms(), **_drawn()},
-        arms=ENCODERS | DRAWN,
+        arms=ENCODERS | DRAWN | TRAINED,
         headline=f"linear_probe_{LABELS}",
         needs=(IMAGES, "weights: weights/resnet56_cifar10.safetensors (github.com/akamaster/pytorch_resnet_cifar10)"),
         next_commands=("diffrep generate runs/addp_cifar10_small/addp-s0 --images 16 --out runs/cifar10",),

@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffrep.errors import UserError
 from diffrep.methods.base import Method
@@ -60,20 +57,31 @@ class _Unit(nn.Module):
 
 def sharded(method: Method, accelerator: Accelerator) -> nn.Module:
     """What is called in ``method``'s place; its parameters become shares, so an optimiser is made of them anew."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    accelerator.free_memory()  # the optimiser of whole weights holds them
     unit = _Unit(method.to(accelerator.device), accelerator)
     fully_shard(unit, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
     return unit
 
 
-def full(value: Tensor) -> Tensor:
+def is_share(value: Any) -> bool:
+    """Whether it is a DTensor, by its looks: to import the class takes half a second, of every command."""
+    return hasattr(value, "full_tensor")
+
+
+def full(value: Any) -> Tensor:
     """A whole tensor of its shares; all processes ask at once."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_share(value) else value
 
 
-def share_of(value: Tensor, like: Tensor) -> Tensor:
+def share_of(value: Tensor, like: Any) -> Tensor:
     """This process's share of a whole ``value`` that all of them have, where ``like`` is one."""
-    if not isinstance(like, DTensor):
+    if not is_share(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -82,9 +90,9 @@ def gather(method: nn.Module) -> Callable[[], None]:
     shares = []
     for module in method.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
+            if is_share(parameter):
                 shares.append((module, name, parameter))
-                whole = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
+                whole = nn.Parameter(full(parameter).detach(), parameter.requires_grad)
                 setattr(module, name, whole)
 
     def put_back() -> None:
@@ -104,6 +112,6 @@ def whole(method: nn.Module) -> Iterator[None]:
         put_back()
 
 
-def finite(parameter: Tensor) -> Tensor:
+def finite(parameter: Any) -> Tensor:
     """Whether all of this process's share is, a bool of no dimensions."""
-    return torch.isfinite(parameter.to_local() if isinstance(parameter, DTensor) else parameter).all()
+    return torch.isfinite(parameter.to_local() if is_share(parameter) else parameter).all()

@@ -89,9 +89,9 @@ class Trainer:
         for number, rows in enumerate(shares):
             batch = self.feed.batch(step, list(rows), self.accelerator.device)
             rng = Rows(stream(self.seed, "step", step, device=self.accelerator.device), self.config.batch_size, rows)
-            more = number + 1 < len(shares)  # gradients are exchanged once, after the last micro-batch
-            with self.accelerator.no_sync(self.wrapped) if more else contextlib.nullcontext():
-                with seeded(self.seed, "dropout", step, self.rank, number), devices.attention(self.accelerator):
+            apart = self.accelerator.no_sync(self.wrapped) if number + 1 < len(shares) else contextlib.nullcontext()
+            with apart, devices.attention(self.accelerator):  # gradients are exchanged after the last micro-batch
+                with seeded(self.seed, "dropout", step, self.rank, number):
                     parts = self.wrapped(batch, rng, step / self.config.steps)
                 weight = len(rows) / len(self.rows)
                 self.accelerator.backward(parts["loss"] * weight)
