@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_addp import close
 
+from diffrep.counting import multiply_adds
 from diffrep.errors import UserError
 from diffrep.frozen.token_files import convert
 from diffrep.frozen.tokens import load_tokenizer, write_network
@@ -83,3 +84,15 @@ def test_a_vqmodel_whose_files_do_not_fit_is_refused(vqmodel, tmp_path):
     (tmp_path / "vq/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"without diffusion_pytorch_model\.safetensors"):
         load_tokenizer(str(tmp_path / "vq"))
+
+
+def test_what_it_costs_is_counted_on_shapes(vqmodel, tmp_path):
+    """As its own passes count, to what torch's small kernels leave out and shapes alone do not."""
+    vqmodel.save_pretrained(tmp_path / "vq")
+    loaded = load_tokenizer(str(tmp_path / "vq"))
+    images = torch.rand(1, 3, 8, 8)
+    encoded = multiply_adds(lambda: vqmodel.quantize(vqmodel.encode(images).latents))
+    assert loaded.encode_multiply_adds(8) == pytest.approx(encoded, rel=0.01)
+    ids = loaded.encode(images)
+    decoded = multiply_adds(lambda: loaded.decode(loaded.lookup(ids), loaded.grid(images)))
+    assert loaded.decode_multiply_adds(8) == pytest.approx(decoded, rel=0.01)
