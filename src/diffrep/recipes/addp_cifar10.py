@@ -123,9 +123,9 @@ def _adamw(lr: float) -> OptimConfig:
 ENCODERS = {
     "scratch": "ViT from scratch, labels only",
     "untrained": "ADDP's network, untrained",
-    "mae": "MAE's encoder: pixels",
+    "mae": "MAE's encoder",
     "mae_tuned": "MAE's encoder, then fine-tuned",
-    "token_predictor": "MAGE's encoder: the token predictor's",
+    "token_predictor": "MAGE's encoder",
     "token_predictor_tuned": "MAGE's encoder, then fine-tuned",
     "addp": "ADDP's encoder",
     "addp_tuned": "ADDP's encoder, then fine-tuned",

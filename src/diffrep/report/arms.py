@@ -60,7 +60,7 @@ ROLES = {
     "noise": "learns what the teacher answers to pure noise",
     "drawn_labels": "no teacher; learns from the drawn images and what the generator was asked to draw, their labels",
     "scratch": "no teacher; learns from the labelled images alone",
-    "tuned": "imitates first, then learns from the labelled images",
+    "tuned": "starts from a network that was trained before, then learns from the labelled images",
     "alternation": "step by step; after each step the tokens are decoded, and the network looks at those pixels",
     "predictor": "step by step on tokens alone; the network sees no pixels on the way",
     "at_once": "one step: every token is drawn for itself, so none can depend on another",
