@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep import counting
+from diffrep import counting, dense
 from diffrep.console import Report
 from diffrep.data.batch import Batch
 from diffrep.data.datasets import DataConfig, ImageSet, hide_labels, label_subset, load_data
@@ -75,13 +75,32 @@ class Assembled:
     feed: Feed
     method: Method
 
+    @property
+    def image_size(self) -> int:
+        return self.train.image_size[0]
 
-def assemble(recipe: Recipe, allow_code: bool = False) -> Assembled:
+    @property
+    def num_labelled(self) -> int:
+        """How many images have a label that training may use."""
+        available = 0 if self.train.labels is None else len(self.train)
+        return available if self.labelled is None else len(self.labelled)
+
+
+Parts = Assembled | dense.DenseParts
+
+
+def assemble(recipe: Recipe, allow_code: bool = False) -> Parts:
     """Load the data and build the method; nothing is written.
 
     Raises:
         UserError: whatever does not fit.
     """
+    if recipe.method.kind in dense.TASKS:
+        return dense.assembled(recipe, default_device())
+    return _of_images(recipe, allow_code)
+
+
+def _of_images(recipe: Recipe, allow_code: bool) -> Assembled:
     train = load_data(recipe.data, "train")
     test = load_data(test_data(recipe), "test")
     if len(train) == 0:
@@ -229,8 +248,10 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def scores(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.device) -> dict[str, Any]:
+def scores(recipe: Recipe, parts: Parts, run_dir: Path, device: torch.device) -> dict[str, Any]:
     """Of the exported student or tokenizer; a diffusion model is judged by whoever learns from it."""
+    if isinstance(parts, dense.DenseParts):
+        return dense.scores(recipe, parts, run_dir, device)
     if isinstance(parts.method, TokenizerMethod):
         return reconstruction_scores(load_tokenizer(str(run_dir)), parts.test, device)
     student = getattr(parts.method, "student", None)
@@ -254,9 +275,9 @@ def _classifier(recipe: Recipe, parts: Assembled, run_dir: Path, device: torch.d
     return found | {"best_top1": chosen["top1"]}
 
 
-def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
+def describe(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What a result says of its origin and its budget."""
-    counted = multiply_adds_per_image(parts.method, parts.train.image_size[0])
+    counted = multiply_adds_per_image(parts.method, parts.image_size)
     images = recipe.train.steps * recipe.train.batch_size
     return {
         "name": recipe.name,
@@ -276,11 +297,9 @@ def describe(recipe: Recipe, parts: Assembled) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def labels_seen(recipe: Recipe, parts: Assembled) -> dict[str, int]:
+def labels_seen(recipe: Recipe, parts: Parts) -> dict[str, int]:
     """How many labels each part of training looked at: the report prints it, a test holds it."""
-    available = 0 if parts.train.labels is None else len(parts.train)
-    count = available if parts.labelled is None else len(parts.labelled)
-    return dict.fromkeys(recipe.method.label_readers(), count)
+    return dict.fromkeys(recipe.method.label_readers(), parts.num_labelled)
 
 
 def generator_labels(source: str) -> dict[str, int]:
@@ -317,7 +336,7 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
     copies = 1 + {"sgd": 1, "lars": 1, "muon": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
     images = recipe.train.steps * recipe.train.batch_size
     return {
-        "multiply_adds": multiply_adds_per_image(parts.method, parts.train.image_size[0]) * images,
+        "multiply_adds": multiply_adds_per_image(parts.method, parts.image_size) * images,
         "images": images,
         "seconds": min(times, default=0.0) * recipe.train.steps,
         "memory_bytes": peak_memory(),

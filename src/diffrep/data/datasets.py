@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.data.images import Part, Stream, fingerprint
-from diffrep.data.sources import Source, parse, read_source
+from diffrep.data.sources import Source, parse_any, read_source
 from diffrep.data.transforms import augmentation
 from diffrep.errors import UserError
 from diffrep.randomness import stream
@@ -43,11 +43,12 @@ class DataConfig(Config):
     # see data/transforms.py: none, flip, shift:R, crop_flip:R, alternate_flip[:R], resized_crop:V..., ...+cutmix:V
     augment: str = "none"
     unreadable: Literal["error", "skip"] = "error"  # what an image that cannot be decoded does
+    only_part: Split | None = None  # of masks, points, objects: every split is this part, for trying things out
 
     @field_validator("source")
     @classmethod
     def _source_is_known(cls, value: str) -> str:
-        parse(value)
+        parse_any(value)
         return value
 
     @field_validator("augment")

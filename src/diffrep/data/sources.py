@@ -54,10 +54,19 @@ def parse(text: str) -> tuple[str, str]:
     Raises:
         UserError: an unknown kind, a missing location, or one too many.
     """
+    kind = text.partition(":")[0]
+    if kind not in KINDS and kind in DENSE_TASKS:
+        tasks = " and ".join(DENSE_TASKS[kind])
+        raise UserError(f"data source {text!r}: holds no classes of whole images, but truth for the task {tasks}")
+    return parse_any(text)
+
+
+def parse_any(text: str) -> tuple[str, str]:
+    """:func:`parse`, sources of masks, points and objects (:mod:`diffrep.data.dense`) included."""
     kind, _, location = text.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"data source {text!r}: no kind {kind!r}; {nearest(kind, KINDS, limit=1)}")
-    wanted = KINDS[kind].location
+    if kind not in KINDS and kind not in DENSE_TASKS:
+        raise UserError(f"data source {text!r}: no kind {kind!r}; {nearest(kind, [*KINDS, *DENSE_TASKS], limit=1)}")
+    wanted = KINDS[kind].location if kind in KINDS else "FOLDER"
     if bool(location) != (wanted is not None):
         form = kind if wanted is None else f"{kind}:{wanted}"
         raise UserError(f"data source {text!r}: the form is {form!r}")
@@ -168,6 +177,15 @@ def _annotations(root: Path) -> dict[str, str]:
     lines = [line.split("\t") for table in root.glob("*_annotations.txt") for line in table.read_text().splitlines()]
     return {line[0]: line[1] for line in lines if len(line) > 1}
 
+
+# Read by diffrep.data.dense: kind -> the tasks it has truth for.
+DENSE_TASKS = {
+    "celebamask-hq": ("segment",),
+    "wflw": ("landmark",),
+    "ade20k": ("segment",),
+    "coco": ("detect",),
+    "placed": ("segment", "landmark", "detect"),
+}
 
 _OWN = "unknown: yours"
 _IMAGENET = "ImageNet's terms: non-commercial research and education"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffrep.config import Config
 from diffrep.data.datasets import ImageSet, label_subset
-from diffrep.data.sources import parse
+from diffrep.data.sources import parse_any
 from diffrep.errors import UserError
 from diffrep.evaluation import probe
 from diffrep.models import stored
@@ -29,14 +29,14 @@ class EvaluateConfig(Config):
     source: str | None = None  # data reference whose test split is read; None = the training data's own
     probe_labels: tuple[int, ...] = ()  # label counts of the linear probe; () = as many as training may read
     knn: int = Field(1, ge=1)  # neighbours
-    samples: int = Field(20, ge=0)  # images a diffusion model draws for samples/grid.png
+    samples: int = Field(20, ge=0)  # images a diffusion model draws; predictions of a dense task that are shown
     num_sampling_steps: str = "20"  # of those images: N, a,b,c or ddimN
 
     @field_validator("source")
     @classmethod
     def _source_is_known(cls, value: str | None) -> str | None:
         if value is not None:
-            parse(value)
+            parse_any(value)
         return value
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from diffrep.config import Config
 from diffrep.data.datasets import DataConfig
+from diffrep.data.sources import DENSE_TASKS, parse
 from diffrep.diffusion.masking import AlternationConfig
 from diffrep.errors import nearest
 from diffrep.evaluation.classify import EvaluateConfig
@@ -37,6 +38,7 @@ from diffrep.methods.tokenizer import TokenizerConfig
 from diffrep.training.config import TrainConfig
 from diffrep.training.optim import OptimConfig
 
+TASKS = ("segment", "landmark", "detect")  # kinds of methods that learn from masks, points or objects
 FORMAT = 1  # of recipe files; a file of another format is refused
 NAME = r"^[a-z][a-z0-9_]{0,79}$"
 
@@ -121,6 +123,7 @@ class Recipe(Listed):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
+        self._source_has_truth()
         labels, readers = self.data.labels, self.method.label_readers()
         few = [n for n in self.evaluate.probe_labels if labels and readers and n < labels]
         if few:
@@ -147,6 +150,15 @@ class Recipe(Listed):
             )
         self._compares_images()
         return self
+
+    def _source_has_truth(self) -> None:
+        """Masks, points and objects come from their own sources, whole images from others."""
+        kind, task = self.data.source.partition(":")[0], self.method.kind
+        if task in TASKS and task not in DENSE_TASKS.get(kind, ()):
+            fitting = ", ".join(name for name, tasks in DENSE_TASKS.items() if task in tasks)
+            raise ValueError(f"data.source '{self.data.source}' has no truth for '{task}'; those that have: {fitting}")
+        if task not in TASKS:
+            parse(self.data.source)  # refuses sources of masks, points and objects
 
     def _compares_images(self) -> None:
         """A method that holds images of a batch against each other needs them together."""

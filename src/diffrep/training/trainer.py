@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffrep.console import Report
+from diffrep.data.dense_feed import DenseFeed
 from diffrep.data.feed import Feed
 from diffrep.errors import Interrupted, RunError, UserError
 from diffrep.methods.base import Method
@@ -28,7 +29,7 @@ class Trainer:
     """Runs ``config.steps`` updates of ``method`` on ``feed``, from the last checkpoint in ``run`` if there is one."""
 
     def __init__(
-        self, method: Method, feed: Feed, optim: OptimConfig, config: TrainConfig, seed: int, run: RunDir
+        self, method: Method, feed: Feed | DenseFeed, optim: OptimConfig, config: TrainConfig, seed: int, run: RunDir
     ) -> None:
         self.accelerator = devices.accelerator(config.precision, config.track, run.path, method.uses_all_parameters)
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
