@@ -52,10 +52,11 @@ from diffrep.errors import UserError
 from diffrep.frozen.passes import PassConfig, running
 from diffrep.frozen.tokens import Tokenizer, load_predictor, load_tokenizer, write_network
 from diffrep.methods.base import Method, MethodConfig, save_student
-from diffrep.models.addp_vit import MEAN, STD, ADDPVit, ADDPVitConfig, timm_state
+from diffrep.models.addp_vit import ADDPVit, ADDPVitConfig, timm_state
 from diffrep.models.masked_vit import TransformerConfig
 from diffrep.models.some_rows import Places, predicted_at
-from diffrep.models.students import Student, StudentConfig
+from diffrep.models.students import Student
+from diffrep.models.vit_students import filled, vit_student
 from diffrep.randomness import Rows
 
 
@@ -204,16 +205,8 @@ class ADDP(Method):
     @property
     def student(self) -> Student:
         """The encoder as a plain ViT, as far as it has come."""
-        config = self.network.config
-        options = {
-            "img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.embed_dim,
-            "depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio,
-            "global_pool": "avg", "pre_norm": self.config.keep_tokenizer_norm,
-        }  # fmt: skip
-        student = Student(StudentConfig(name="vit_base_patch16_224", options=options, mean=MEAN, std=STD))
-        fresh = {n: v for n, v in student.backbone.state_dict().items() if n.startswith("fc_norm.")}
-        student.backbone.load_state_dict(timm_state(self.network, self.config.keep_tokenizer_norm) | fresh)
-        return student
+        config, norm = self.network.config, self.config.keep_tokenizer_norm
+        return filled(vit_student(config.image_size, config.patch_size, config, norm), timm_state(self.network, norm))
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         """The network with its tokenizer, to generate; the encoder as a timm ViT, to recognise."""

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from diffrep.data.batch import Batch
 from diffrep.errors import UserError
 from diffrep.methods.base import Method, MethodConfig, save_student
-from diffrep.models.addp_vit import MEAN, STD
 from diffrep.models.mae_vit import MAEVit, MAEVitConfig, patchify, timm_state
 from diffrep.models.some_rows import picked
-from diffrep.models.students import Student, StudentConfig
+from diffrep.models.students import Student
+from diffrep.models.vit_students import filled, vit_student
 from diffrep.randomness import Rows
 
 VARIANCE_EPS = 1e-6  # of a patch without contrast; official
@@ -92,15 +92,7 @@ class MAE(Method):
     def student(self) -> Student:
         """The encoder as a plain ViT that reads whole images, as far as it has come."""
         config = self.config.network
-        options = {
-            "img_size": self.network.image_size, "patch_size": config.patch_size, "embed_dim": config.embed_dim,
-            "depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio,
-            "global_pool": "avg", "pre_norm": False,
-        }  # fmt: skip
-        student = Student(StudentConfig(name="vit_base_patch16_224", options=options, mean=MEAN, std=STD))
-        fresh = {n: v for n, v in student.backbone.state_dict().items() if n.startswith("fc_norm.")}
-        student.backbone.load_state_dict(timm_state(self.network) | fresh)
-        return student
+        return filled(vit_student(self.network.image_size, config.patch_size, config, False), timm_state(self.network))
 
     def export(self, run_dir: Path) -> dict[str, Any]:
         save_student(run_dir, self.student)

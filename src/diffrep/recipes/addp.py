@@ -27,6 +27,7 @@ from diffrep.training.optim import LrScheduleConfig, OptimConfig
 
 DIGITS = DataConfig(source="digits")
 SMALL = {"embed_dim": 64, "num_heads": 4, "decoder_num_heads": 4, "dropout": 0.0, "init_std": 0.5}
+ENCODER = TransformerConfig(**SMALL, depth=4, decoder_depth=2)
 WARM = LrScheduleConfig(warmup_steps=40)
 
 
@@ -59,13 +60,12 @@ def token_predictor_digits() -> Recipe:
 
 def addp_digits_network() -> Recipe:
     """Four encoder and two decoder blocks."""
-    network = TransformerConfig(**SMALL, depth=4, decoder_depth=2)
     return Recipe(
         name="addp_digits_network",
         about="ADDP's own network on digits.",
         data=DIGITS,
         method=ADDPConfig(
-            tokenizer="runs/tokenizer_digits", token_predictor="runs/token_predictor_digits", network=network,
+            tokenizer="runs/tokenizer_digits", token_predictor="runs/token_predictor_digits", network=ENCODER,
             label_smoothing=0, codes_alone=True, keep_tokenizer_norm=True,
         ),
         optim=OptimConfig(lr=5e-3, betas=(0.9, 0.95), weight_decay=0.05, lr_schedule=WARM),

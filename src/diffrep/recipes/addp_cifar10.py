@@ -22,10 +22,10 @@ from diffrep.methods.mae import MAEConfig
 from diffrep.methods.token_predictor import TokenPredictorMethodConfig
 from diffrep.methods.tokenizer import TokenizerConfig
 from diffrep.models import mage_vit
-from diffrep.models.addp_vit import MEAN, STD
 from diffrep.models.mae_vit import MAEVitConfig
 from diffrep.models.masked_vit import TokenPredictorConfig, TransformerConfig
 from diffrep.models.students import StudentConfig
+from diffrep.models.vit_students import vit_student
 from diffrep.models.vqgan import VQGANConfig
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
 from diffrep.recipes.dmkd_cifar10 import IMAGES, REAL, TEACHER
@@ -190,11 +190,7 @@ def _labelled(steps: int, student: StudentConfig, init: str | None = None) -> Re
 
 def _vit(pre_norm: bool = True) -> StudentConfig:
     """ADDP's encoder as timm's ViT, norm behind the embeddings included."""
-    options = {
-        "img_size": 32, "patch_size": 4, "embed_dim": NETWORK.embed_dim, "depth": NETWORK.depth,
-        "num_heads": NETWORK.num_heads, "mlp_ratio": NETWORK.mlp_ratio, "global_pool": "avg", "pre_norm": pre_norm,
-    }  # fmt: skip
-    return StudentConfig(name="vit_base_patch16_224", options=options, mean=MEAN, std=STD)
+    return vit_student(32, 4, NETWORK, pre_norm)
 
 
 def _mage_vit() -> StudentConfig:

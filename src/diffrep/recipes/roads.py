@@ -18,8 +18,8 @@ from diffrep.frozen.classifier import ClassifierConfig
 from diffrep.methods.dmkd import DMKDConfig, KdLossConfig
 from diffrep.methods.finetune import FinetuneConfig
 from diffrep.methods.repfusion import RepFusionConfig
-from diffrep.models.addp_vit import MEAN, STD
 from diffrep.models.students import StudentConfig
+from diffrep.models.vit_students import vit_student
 from diffrep.recipes import addp, dmkd, quickstart
 from diffrep.recipes.base import GenerationTask, Recipe, Stage, Study
 from diffrep.recipes.repfusion import CONV
@@ -136,11 +136,7 @@ def _tuned(student: StudentConfig, steps: int, init: str | None) -> Recipe:
 
 def _vit() -> StudentConfig:
     """ADDP's encoder as timm's ViT, norm behind the embeddings included."""
-    options = {
-        "img_size": 8, "patch_size": 2, "embed_dim": addp.SMALL["embed_dim"], "depth": 4,
-        "num_heads": addp.SMALL["num_heads"], "mlp_ratio": 4.0, "global_pool": "avg", "pre_norm": True,
-    }  # fmt: skip
-    return StudentConfig(name="vit_base_patch16_224", options=options, mean=MEAN, std=STD)
+    return vit_student(8, 2, addp.ENCODER, pre_norm=True)
 
 
 # Images as a classroom
