@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from diffrep.methods.repfusion import RepFusion
 from diffrep.methods.token_predictor import TokenPredictorMethod
 from diffrep.methods.tokenizer import TokenizerMethod
 from diffrep.randomness import seeded
-from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
+from diffrep.recipes.base import Recipe, is_same, recipe_hash, to_yaml
 from diffrep.training import best
 from diffrep.training.checkpoint import latest
 from diffrep.training.run import RunDir
@@ -208,13 +209,13 @@ def train(
     run = RunDir(run_dir)
     if (found := _finished(run, recipe)) is not None:
         return found
-    run.check(to_yaml(recipe))
+    run.check(partial(is_same, recipe))
     parts = assemble(recipe, allow_code)
     writes = is_main_process()
     run = RunDir(run_dir, writes)
     trainer = Trainer(parts.method, parts.feed, recipe.optim, recipe.train, recipe.seed, run)
     with locked(run_dir) if writes else contextlib.nullcontext():
-        run.begin(to_yaml(recipe))
+        run.begin(to_yaml(recipe), partial(is_same, recipe))
         began = time.monotonic()
         device = trainer.accelerator.device
         if latest(run_dir / "checkpoints") is None:  # a checkpoint holds what was prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from diffrep.recipes.base import (
     SweepTask,
     SynthesisTask,
     Task,
+    is_same,
     recipe_hash,
     to_yaml,
-)
+)  # fmt: skip
 from diffrep.training.run import RunDir
 from diffrep.wordnet import labels_among
 
@@ -51,12 +53,9 @@ COST, MENDED = "cost.json", "mended.png"
 
 
 def run_task(
-    task: Task,
-    run_dir: Path,
-    stop: Callable[[], bool] = lambda: False,
-    progress: Report = lambda *_: None,
+    task: Task, run_dir: Path, stop: Callable[[], bool] = lambda: False, progress: Report = lambda *_: None,
     allow_code: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Run any task in its folder; a finished one returns its result at once."""
     if isinstance(task, Recipe):
         return assemble.train(task, run_dir, stop, progress, allow_code)
@@ -75,7 +74,7 @@ def _once(task: Task, run_dir: Path, prepare: Callable[[], Work], progress: Repo
     is_mine = found is not None and (found["recipe_hash"], found["seed"]) == (recipe_hash(task), task.seed)
     if found is not None and is_mine and (task.kind != "synthesis" or _is_whole(run_dir)):
         return found
-    run.check(to_yaml(task))
+    run.check(partial(is_same, task))
     began = time.process_time()
     return _recorded(task, run, prepare(), progress, stop, began)
 
@@ -83,7 +82,7 @@ def _once(task: Task, run_dir: Path, prepare: Callable[[], Work], progress: Repo
 def _recorded(task: Task, run: RunDir, work: Work, progress: Report, stop: Stop, began: float) -> dict[str, Any]:
     """Do the work with the folder locked, and leave its result there."""
     with locked(run.path):
-        run.begin(to_yaml(task))
+        run.begin(to_yaml(task), partial(is_same, task))
         result = {"name": task.name, "kind": task.kind, "recipe_hash": recipe_hash(task), "seed": task.seed}
         result |= work(run.path, progress, stop)
         result.setdefault("cpu_seconds", round(time.process_time() - began, 2))
@@ -167,7 +166,7 @@ def synthesize(
         say: told, before the first image, what has to be made and what that takes.
     """
     run, began = RunDir(run_dir), time.process_time()
-    run.check(to_yaml(task))
+    run.check(partial(is_same, task))
     return _recorded(task, run, _synthesis(task, allow_code, engine, say), progress, stop, began)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffrep.console import LINE_EVERY, status_line
 from diffrep.errors import DiffrepError, Interrupted, RunError, UserError
 from diffrep.evaluation import label_value
 from diffrep.files import locked, read_json, short_hash, write_json
-from diffrep.recipes.base import STAGE, Study, Task, recipe_hash, references, replace_strings, to_yaml
+from diffrep.recipes.base import STAGE, Study, Task, is_same, recipe_hash, references, replace_strings, to_yaml
 from diffrep.training.run import RunDir
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -76,9 +77,9 @@ def run_study(
         say: called with each line for the user.
     """
     run = RunDir(out)
-    run.check(to_yaml(study))
+    run.check(partial(is_same, study))
     with locked(out):
-        run.begin(to_yaml(study))
+        run.begin(to_yaml(study), partial(is_same, study))
         everything = instances(study, out)
         recorded = {i.key: r for i in everything if (r := _recorded(record, study, i))}
         wanted = _wanted(study, everything, set(recorded))

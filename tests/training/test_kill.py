@@ -9,6 +9,9 @@ from pathlib import Path
 import commands
 import pytest
 
+from diffrep import api
+from diffrep.errors import UserError
+
 RECIPE = """
 base: denoiser_debug
 train: {steps: 24, batch_size: 4, log_every: 1, checkpoint_every: 1, ema_decay: 0.9, clip_norm: 1.0}
@@ -169,3 +172,19 @@ def test_a_finished_run_says_its_result_again(folder):
     assert done.code == 0
     assert done.out.startswith("small, seed 0: 24 steps, 96 images") and "run folder: whole" in done.out
     assert {p: p.stat().st_mtime_ns for p in (folder / "whole").rglob("*")} == before
+
+
+def test_a_folder_of_an_older_version_goes_on(tmp_path):
+    """Its recipe lacks a setting that was added since, which stands at its default: it is the same recipe."""
+    api.run("finetune_debug", out=tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()  # not finished, so the recipe is compared
+    file = tmp_path / "run/recipe.yaml"
+    text = file.read_text()
+    assert "  only_part: null\n" in text
+    file.write_text(text.replace("  only_part: null\n", ""))
+    api.run("finetune_debug", out=tmp_path / "run")
+    assert file.read_text() == text and (tmp_path / "run/result.json").exists()
+    (tmp_path / "run/result.json").unlink()
+    file.write_text(text.replace("only_part: null", "only_part: test"))
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        api.run("finetune_debug", out=tmp_path / "run")

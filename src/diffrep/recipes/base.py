@@ -338,3 +338,13 @@ def _telling(value: Any) -> Any:
 def to_yaml(task: Task) -> str:
     """The resolved recipe, ready to be edited; loading it gives an equal value."""
     return yaml.safe_dump(task.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def is_same(task: Task, text: str) -> bool:
+    """Whether ``text``, which a run wrote down, is ``task``; settings that were added since stand at their default."""
+    try:
+        found = type(task).model_validate(yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError):
+        return False
+    seeds = [(t.seed, getattr(t, "seeds", None), recipe_hash(t)) for t in (found, task)]
+    return seeds[0] == seeds[1]

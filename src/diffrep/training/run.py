@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,20 @@ class RunDir:
             raise UserError(f"{self.path / RESULT} was not written by diffrep; choose another --out")
         return found
 
-    def check(self, recipe_yaml: str) -> None:
-        """Refuse a folder that belongs to another recipe, or to something else."""
+    def check(self, is_mine: Callable[[str], bool]) -> None:
+        """Refuse a folder that belongs to another recipe, or to something else; ``is_mine`` reads its recipe."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a file is in its way; choose another --out")
         found = self.path / RECIPE
-        if found.exists() and found.read_text(encoding="utf-8", errors="replace") != recipe_yaml:
+        if found.exists() and not is_mine(found.read_text(encoding="utf-8", errors="replace")):
             raise UserError(f"{self.path} belongs to another recipe (see its {RECIPE}); choose another --out")
         # Hidden files are the lock and what a killed writer left behind.
         if not found.exists() and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
 
-    def begin(self, recipe_yaml: str) -> None:
+    def begin(self, recipe_yaml: str, is_mine: Callable[[str], bool]) -> None:
         """Record what will run; see :meth:`check` for what is refused."""
-        self.check(recipe_yaml)
+        self.check(is_mine)
         if self.writes:
             write_atomic(self.path / RECIPE, recipe_yaml)  # first: by it a run that was killed here is known again
             write_json(self.path / ENVIRONMENT, environment())
