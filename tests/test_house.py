@@ -16,7 +16,10 @@ BOTTOM = {
     "_torchvision_compat", "wordnet",
 }  # fmt: skip
 # The top: may import any room.
-FREE = {"", "__main__", "assemble", "dense", "rehearsal", "stages", "generation", "studies", "api", "words", "doctor", "cli"}
+FREE = {
+    "", "__main__", "assemble", "dense", "rehearsal", "stages", "generation", "studies", "transfer", "api", "words",
+    "doctor", "cli",
+}  # fmt: skip
 # Room -> what its files may import besides the bottom and their own room. A dot names one page of a room.
 TABLE = {
     "diffusion": set(),
@@ -33,9 +36,18 @@ TABLE = {
         "data",
     },
     "methods": {
-        "methods.base", "methods.dense", "frozen", "models", "diffusion", "data.batch", "data.shards",
-        "data.timm_views", "data.segment_views", "data.landmark_views", "data.detect_views",
-    },  # fmt: skip
+        "methods.base",
+        "methods.dense",
+        "frozen",
+        "models",
+        "diffusion",
+        "data.batch",
+        "data.shards",
+        "data.timm_views",
+        "data.segment_views",
+        "data.landmark_views",
+        "data.detect_views",
+    },
     "training": {"training", "methods.base", "data"},
     "evaluation": {"data", "models", "frozen", "diffusion.schedules"},
     "recipes": {"methods", "data", "training", "evaluation", "frozen", "models", "diffusion.masking"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from diffrep.recipes.loading import load
 from diffrep.rehearsal import rehearse
 from diffrep.stages import run_task
 from diffrep.studies import check_jobs, run_study
+from diffrep.transfer import carried_out, plans
 
 __all__ = [
     "card", "convert", "dry_run", "evaluate", "export", "features", "generate", "generation_cost", "load_data",
     "load_teacher", "probe", "recipes", "regenerate", "report", "reproduce", "run", "score", "show", "synthesis_cost",
-    "synthesize", "tokenize",
+    "synthesize", "tokenize", "transfer",
 ]  # fmt: skip
 
 
@@ -292,17 +294,27 @@ def evaluate(
             classifier (a weights file, ``timm:NAME``, ``torchvision:NAME``), scored by its own top-1, top-5 and
             calibration.
     """
-    if foreign is not None:
-        return _foreign_scores(model, {"source": data, "image_size": image_size}, foreign)
-    from diffrep.evaluation.classify import EvaluateConfig, load_student, student_scores
+    from diffrep.evaluation.any_model import foreign_scores, own_scores
 
     values = {"source": data, "image_size": image_size}
-    config = validate(DataConfig, values, "evaluate --data")
-    wanted = validate(EvaluateConfig, {"probe_labels": tuple(labels), "knn": knn}, "evaluate")
-    student = load_student(model)
-    train_split, test_split = load_data(config, "train"), load_data(config, "test")
-    counts = wanted.probe_labels or (len(train_split),)
-    return student_scores(student, train_split, test_split, counts, wanted.knn, seed, default_device())
+    if foreign is not None:
+        return foreign_scores(model, values, foreign, default_device())
+    return own_scores(model, values, labels, knn, seed, default_device())
+
+
+def transfer(
+    model: str, tasks: Sequence[tuple[str, str]], overrides: Sequence[str] = (), out: str | Path | None = None,
+    look: dict[str, Any] | None = None, dry_run: bool = False, allow_code: bool = False,
+    say: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Take an encoder to dense tasks, (task, data reference), in turn; a finished run of the task is scored as it is.
+
+    Args:
+        model, overrides, look: see :func:`diffrep.transfer.plans`. say: told of each what was found.
+        out: holds a run folder of each, TASK-KIND; default ``runs/NAME-sSEED-HASH8``.
+    """
+    wanted, perform = plans(model, tasks, overrides, allow_code, look), partial(run, allow_code=allow_code)
+    return [carried_out(plan, perform, out, default_device(), dry_run, say) for plan in wanted]
 
 
 def card(
@@ -360,18 +372,6 @@ def reproduce(
         return replace(plan, cost=generation_cost(plan.model, plan.settings, plan.seeds))
     found = generate(converted(plan), plan.out, plan.settings, plan.seeds, jobs, ray)
     return Reproduced(plan, found, score(plan.png, plan.reference, plan.judging)).kept() if found else None
-
-
-def _foreign_scores(model: str, data: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    from diffrep.evaluation.classify import classifier_scores
-    from diffrep.frozen.classifier import ClassifierConfig, load_classifier
-
-    classifier = load_classifier(validate(ClassifierConfig, {"reference": model, **settings}, "evaluate"))
-    test = datasets.load_data(validate(DataConfig, data, "evaluate --data"), "test")
-    if test.labels is None or len(test.classes) != classifier.num_classes:
-        told = f"{len(test.classes)} classes" if test.labels is not None else "no labels"
-        raise UserError(f"evaluate: {classifier.name} knows {classifier.num_classes} classes, {test.name} has {told}")
-    return classifier_scores(classifier.logits, test, default_device())
 
 
 def load_data(data: str | DataConfig, split: Split = "train") -> ImageSet:

@@ -25,6 +25,7 @@ from diffrep.launch.parsing import integers as _integers
 from diffrep.launch.parsing import numbers as _numbers
 from diffrep.launch.probe_verb import add_probe_verb, probe_rows
 from diffrep.launch.reproduce_verb import add_reproduce_verb
+from diffrep.launch.tasks_verb import add_evaluate_verb
 from diffrep.launch.token_verbs import add_token_verbs
 
 app = typer.Typer(
@@ -188,36 +189,35 @@ add_token_verbs(app, _perform)
 add_generate_verb(app, _perform)
 
 
-@app.command()
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A run folder, a .safetensors file beside its config.json, or a timm name.")
-    ],
-    data: Annotated[str, typer.Option(help="Data reference, e.g. digits or cifar10:FOLDER.")],
-    labels: Annotated[str | None, typer.Option(help="Label counts for probe and neighbours; default all.")] = None,
-    image_size: ImageSize = None,
-    knn: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Which draw of labelled images.")] = 0,
-    classifier: Annotated[bool, typer.Option(help="Score its own answers: any weights file, timm:NAME, ...")] = False,
-    architecture: Annotated[str | None, typer.Option(help="Of a weights file; default told by its keys.")] = None,
-    mean: Annotated[str | None, typer.Option(help="R,G,B that a weights file subtracts.")] = None,
-    std: Annotated[str | None, typer.Option(help="R,G,B that it then divides by.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score a student: linear probe and k-NN of its frozen features, top-1 where it has a classifier.
-
-    With --classifier anybody's: top-1, top-5 and calibration of its own answers.
-    Example: diffrep evaluate runs/my_student --data digits --labels 20,50
-    """
+def _evaluate(given: dict[str, Any], as_json: bool) -> None:
     _one_thread(1)
     from diffrep import api, words
 
-    counts = tuple(_integers(labels, "--labels")) if labels else ()
-    given = {"architecture": architecture, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
-    if any(given.values()) and not classifier:
-        raise typer.BadParameter("--architecture, --mean and --std belong to --classifier")
-    scores = api.evaluate(model, data, counts, knn, seed, image_size, given if classifier else None)
+    scores = api.evaluate(**given)
     _print(json.dumps(scores, indent=2) if as_json else words.scores(scores))
+
+
+def _transfer(given: dict[str, Any], as_json: bool) -> None:
+    _one_thread(1)
+    from diffrep import api, words
+
+    def told(one: dict[str, Any]) -> str:
+        if "cost" in one:
+            return words.cost(one["recipe"], one["cost"])
+        if "result" in one:
+            return words.result(one["result"])
+        return words.scores(one["scores"]) if "scores" in one else "a finished run: it would only be scored"
+
+    def say(one: dict[str, Any]) -> None:
+        if not as_json and one.get("result", True):  # the other processes of torchrun say nothing
+            _print(f"{one['task']} on {one['data']}\n{told(one)}\n")
+
+    found = api.transfer(**given, say=say)
+    if as_json:
+        _print(json.dumps(found, indent=2))
+
+
+add_evaluate_verb(app, _evaluate, _transfer)
 
 
 def _reported(verb: str, given: dict[str, Any], as_json: bool) -> None:
@@ -266,7 +266,8 @@ add_assets_verbs(app, _show)
 def data_check(name: str, path: Path, as_json: AsJson = False) -> None:
     """Count images and classes, print the hash, name what is missing.
 
-    NAME: celebahq, cifar10, cifar100, dmkd, flowers102, folder, imagenet, parquet, tiny-imagenet.
+    NAME: celebahq, cifar10, cifar100, dmkd, flowers102, folder, imagenet, parquet, tiny-imagenet; of masks, points and
+    objects: ade20k, celebamask-hq, coco, wflw.
 
     Example: diffrep data check cifar10 cifar-10-python.tar.gz
     """
@@ -280,6 +281,7 @@ def data_prepare(name: str, path: Path, out: Path, as_json: AsJson = False) -> N
     """Bring an official archive or a folder into a form that loads fast; writes OUT whole or not at all.
 
     NAME: as for diffrep data check; or imagenet-val256, the reference set of scores, which goes on where it stopped.
+    PATH: an archive, a folder, or of coco and wflw the folder of the archives; celebamask-hq: PATH@LABEL_ORDER.
 
     Example: diffrep data prepare cifar10 cifar-10-python.tar.gz data/cifar10
     """

@@ -15,8 +15,17 @@ import torch
 from diffrep.data.datasets import DataConfig
 from diffrep.data.dense import DenseSet, load_dense, some_pictures
 from diffrep.data.dense_feed import DenseFeed, Views
+from diffrep.data.detect_views import DetectTraining
+from diffrep.data.landmark_views import LandmarkTraining
+from diffrep.data.segment_views import SegmentTraining
 from diffrep.errors import UserError
+from diffrep.evaluation.detection import detection_scores
+from diffrep.evaluation.landmarks import landmark_scores
+from diffrep.evaluation.segmentation import segmentation_scores
 from diffrep.methods.dense import DenseConfig, DenseMethod
+from diffrep.methods.detect import Detect
+from diffrep.methods.landmark import Landmark
+from diffrep.methods.segment import Segment
 from diffrep.randomness import seeded
 from diffrep.recipes.base import Recipe
 from diffrep.training import best
@@ -40,7 +49,11 @@ class DenseTask:
     larger_is_better: bool = True
 
 
-TASKS: dict[str, DenseTask] = {}
+TASKS: dict[str, DenseTask] = {
+    "segment": DenseTask(Segment, SegmentTraining, segmentation_scores, "miou"),
+    "landmark": DenseTask(Landmark, LandmarkTraining, landmark_scores, "nme", larger_is_better=False),
+    "detect": DenseTask(Detect, DetectTraining, detection_scores, "box_ap"),
+}
 
 
 @dataclass(frozen=True)

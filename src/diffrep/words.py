@@ -74,7 +74,7 @@ def result(found: dict[str, Any]) -> str:
     lines = [f"{found['name']}, seed {found['seed']}: {found['steps']} steps, {amount(found['images_seen'])} images, "]
     lines[0] += f"{amount(found['multiply_adds'])} multiply-adds, {found['cpu_seconds']:.1f} CPU s"
     if found["scores"]:
-        lines.append(scores(found["scores"]))
+        lines.append(scores(found["scores"], found.get("data", {}).get("test_images")))
     behind = ", ".join(f"{part}: {count}" for part, count in found.get("labels_behind", {}).items())
     lines += [f"labels that it builds on: {behind}"] if behind else []
     lines += [f"note: {note}" for note in found.get("notes", ())]
@@ -91,9 +91,15 @@ def study(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scores(found: dict[str, Any]) -> str:
-    shown = [f"{name} {value:.2f}{unit(name)}" for name, value in found.items() if name != "test_images"]
-    return ", ".join(shown) + f" (of {found['test_images']} test images)"
+MOST_SCORES = 8  # that a line holds; the rest stands in result.json
+
+
+def scores(found: dict[str, Any], pictures: int | None = None) -> str:
+    """Numbers in a line; pictures: how many they are of, where ``test_images`` does not say so."""
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    shown = [f"{name} {value:.2f}{unit(name)}" for name, value in list(numbers.items())[:MOST_SCORES]]
+    more = f", {len(numbers) - MOST_SCORES} more in result.json" if len(numbers) > MOST_SCORES else ""
+    return ", ".join(shown) + more + f" (of {found.get('test_images', pictures)} test images)"
 
 
 def ledger(rows: Sequence[dict[str, Any]]) -> str:

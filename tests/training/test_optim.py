@@ -1,6 +1,7 @@
 """Rates by hand, and what the optimisers and the running mean hold."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,18 @@ from torch import nn
 
 from diffrep.config import validate
 from diffrep.errors import UserError
-from diffrep.training.optim import Ema, LrScheduleConfig, OptimConfig, lr_factor, optimiser, set_rates
+from diffrep.models import depths
+from diffrep.models.maps import MapBackbone
+from diffrep.models.students import StudentConfig
+from diffrep.training.optim import (
+    Ema,
+    LrScheduleConfig,
+    OptimConfig,
+    lr_factor,
+    norm_parameters,
+    optimiser,
+    set_rates,
+)
 
 
 def factors(steps, **config):
@@ -63,9 +75,104 @@ def test_step_falls_at_its_milestones():
     assert found == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
 
 
+def test_a_ratio_multiplies_the_scheduled_rate_while_the_decay_goes_on():
+    # (1 - k/8) (1 - (1 - k/4) 0.9): mmcv, whose decay counts from the first step.
+    found = factors(8, name="polynomial", power=1.0, warmup_steps=4, warmup_ratio=0.1)
+    assert found == pytest.approx([0.1, 0.875 * 0.325, 0.75 * 0.55, 0.625 * 0.775, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_warm_up_by_powers_and_the_decay_behind_it():
+    # 0.01^(1 - k/2), then 1 - k/4.
+    found = factors(6, name="polynomial", power=1.0, warmup_steps=2, warmup_ratio=0.01, warmup_by_powers=True)
+    assert found == pytest.approx([0.01, 0.1, 1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("steps", [184_375, 1740, 7, 99_991])
+def test_a_milestone_that_is_a_step_falls_at_that_step(steps):
+    for step in range(1, steps, max(1, steps // 97)):
+        schedule = LrScheduleConfig(name="step", milestones=(step / steps,))
+        assert (lr_factor(schedule, step - 1, steps), lr_factor(schedule, step, steps)) == (1.0, 0.1)
+
+
+# The four published recipes. Their settings stand in words in the note of the golden case.
+PUBLISHED = {
+    "seg": (5e-3, 160_000, {"name": "polynomial", "final": 0.02, "warmup_steps": 1000, "warmup_ratio": 0.1}),
+    "ade": (1e-4, 160_000, {"name": "polynomial", "power": 1.0, "warmup_steps": 1500, "warmup_ratio": 1e-6}),
+    "landmark": (2e-3, None, {"name": "step", "milestones": (40 / 60, 55 / 60), "warmup_steps": 500}),
+    "vitdet": (1e-4, 184_375, {"name": "step", "milestones": (163_889 / 184_375, 177_546 / 184_375)}),
+}
+PUBLISHED["landmark"][2].update(warmup_ratio=1e-3)
+PUBLISHED["vitdet"][2].update(warmup_steps=250, warmup_ratio=1e-3)
+ITERATIONS = {"ade": "seg_iters"}  # others have a list of their own
+
+
+def is_schedules(case):
+    return case.meta.get("kind") == "learning-rate schedules"
+
+
+@pytest.mark.golden(of=is_schedules)
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_golden_rates_are_those_of_the_official_code(golden_case, recipe):
+    lr, steps, settings = PUBLISHED[recipe]
+    listed = next(k for k in golden_case.keys if k.startswith(f"inputs/{ITERATIONS.get(recipe, recipe + '_iters')}"))
+    wanted = golden_case.get(next(k for k in golden_case.keys if k.startswith(f"outputs/{recipe}_") and k.endswith("_lr")))
+    if steps is None:  # 60 epochs, of as many iterations as the name of the list says
+        steps = 60 * int(re.search(r"(\d+)_per_epoch", listed)[1])
+    schedule = LrScheduleConfig(**settings)
+    found = [lr * lr_factor(schedule, step, steps) for step in golden_case.get(listed).tolist()]
+    assert len(found) > 1
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.golden(of=is_schedules)
+def test_golden_shares_of_layers_are_those_of_vitdet(golden_case):
+    names = golden_case.meta["layer_scale_names"]
+    depth = 1 + max(int(found[1]) for name in names if (found := re.search(r"blocks\.(\d+)\.", name)))
+    key = next(k for k in golden_case.keys if "layer_scale" in k)
+    decay = float(re.search(r"layer_scale_(\d+_\d+)", key)[1].replace("_", "."))
+    small = {"img_size": 32, "embed_dim": 8, "num_heads": 2, "depth": depth}
+    backbone = MapBackbone(StudentConfig(name="vit_base_patch16_224", options=small))
+    head = nn.Linear(2, 2)
+    groups = {"student": [*backbone.parameters()], "head": [*head.parameters()]}
+    layers = [*depths.layers(backbone.net), [*head.parameters()]]
+    made = optimiser(OptimConfig(lr=1.0, layer_decay=decay), groups, 64, layers)
+    rates = {p: group["peak_lr"] for group in made.param_groups for p in group["params"]}
+    own = dict(backbone.net.named_parameters())
+    inside = [name.removeprefix("backbone.net.") for name in names]
+    found = [rates[own.get(name, head.weight)] for name in inside]
+    assert sum(name in own for name in inside) == depth + 2
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), golden_case.get(key), rtol=0, atol=1e-10)
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 3, 4))
+        self.linear, self.norm, self.batch = nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm2d(4)
+
+
+def spared(**settings):
+    network = Whole()
+    config, groups = OptimConfig(lr=1.0, weight_decay=0.1, **settings), {"student": [*network.parameters()]}
+    made = optimiser(config, groups, 1, undecayed=[network.table], norms=norm_parameters(network))
+    names = {p: name for name, p in network.named_parameters()}
+    return {names[p] for group in made.param_groups for p in group["params"] if not group["weight_decay"]}
+
+
+def test_norms_alone_are_spared_where_asked_and_biases_decay():
+    norms = {"norm.weight", "norm.bias", "batch.weight", "batch.bias", "table"}
+    assert spared() == set()
+    assert spared(weight_decay_exclude_norms=True) == norms
+    assert spared(weight_decay_exclude_1d=True) == norms | {"linear.bias"}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"warmup_ratio": 0.1}, "warmup_steps"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 2, "warmup_from_zero": True}, "not warmup_from_zero"),
+        ({"warmup_by_powers": True, "warmup_steps": 2}, "starts from a warmup_ratio"),
+        ({"warmup_ratio": 0.0, "warmup_steps": 2}, "warmup_ratio"),
         ({"name": "step"}, "milestones"),
         ({"name": "step", "milestones": (1.0,)}, "shares of the run"),
         ({"hold": 1.0}, "hold"),

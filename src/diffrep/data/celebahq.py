@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from diffrep.data.containers import existing
-from diffrep.data.images import IMAGE_SUFFIXES, Read, file_part, some_of
+from diffrep.data.images import IMAGE_SUFFIXES, Part, Read, file_part, some_of
 from diffrep.data.lists import read_lines
 from diffrep.errors import UserError
 
@@ -29,7 +29,18 @@ def read_celebahq(location: str) -> Read:
         UserError: no mapping, or a damaged one; photographs missing, not listed, twice there or without a number.
     """
     origin, base = f"celebahq:{location}", existing(location)
-    images, mapping = _places(origin, base)
+    return (), photographs(origin, base, otherwise=", or read folder:{} in a split of ours")[1]
+
+
+def photographs(origin: str, base: Path, otherwise: str = "") -> tuple[Path, dict[str, Part]]:
+    """The folder of the photographs, and the official parts of them, each in the order of the numbers.
+
+    Args:
+        origin: what a message calls the set.
+        base: see :func:`read_celebahq`, and for what is refused.
+        otherwise: what else may be done without a mapping; ``{}`` becomes the folder.
+    """
+    images, mapping = _places(origin, base, otherwise)
     position = read_mapping(mapping)
     files = _numbered(origin, images)
     if strange := sorted(files.keys() - position.keys()):
@@ -40,7 +51,7 @@ def read_celebahq(location: str) -> Read:
     rows: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for row, number in enumerate(numbers):
         rows[part_of(position[number])].append(row)
-    return (), {part: some_of(whole, chosen) for part, chosen in rows.items() if chosen}
+    return images, {part: some_of(whole, chosen) for part, chosen in rows.items() if chosen}
 
 
 def part_of(position: int) -> str:
@@ -79,7 +90,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _places(origin: str, base: Path) -> tuple[Path, Path]:
+def _places(origin: str, base: Path, otherwise: str) -> tuple[Path, Path]:
     """The folder of the photographs, and the mapping."""
     base = base / "CelebAMask-HQ" if (base / "CelebAMask-HQ").is_dir() else base
     images = base / "CelebA-HQ-img" if (base / "CelebA-HQ-img").is_dir() else base
@@ -89,7 +100,7 @@ def _places(origin: str, base: Path) -> tuple[Path, Path]:
         if (folder / MAPPING).is_file():
             return images, folder / MAPPING
     missing = f"{MAPPING} is in neither {images} nor the folder around it, and without it no test image is known"
-    raise UserError(f"{origin}: {missing}; take it from CelebAMask-HQ.zip, or read folder:{images} in a split of ours")
+    raise UserError(f"{origin}: {missing}; take it from CelebAMask-HQ.zip{otherwise.format(images)}")
 
 
 def _numbered(origin: str, images: Path) -> dict[int, str]:

@@ -63,7 +63,7 @@ class DenseKind:
     """One kind of source: what reads a location for a task."""
 
     read: Callable[[str, Task], DenseRead]
-    licence: str
+    licence: str | Callable[[str], str]  # or what finds it at a location
 
 
 class DenseSet:
@@ -158,7 +158,9 @@ def load_dense(config: DataConfig, split: Split, task: Task, holds_out: bool = T
     _refuse_image_settings(config)
     found = DENSE_KINDS[kind].read(location, task)
     name, positions = dense_positions(config, found, split, holds_out)
-    return DenseSet(config.source, split, found, found.parts[name], positions, DENSE_KINDS[kind].licence)
+    told = DENSE_KINDS[kind].licence
+    licence = told if isinstance(told, str) else told(location)
+    return DenseSet(config.source, split, found, found.parts[name], positions, licence)
 
 
 def _refuse_image_settings(config: DataConfig) -> None:

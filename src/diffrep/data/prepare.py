@@ -8,21 +8,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffrep import files
 from diffrep.console import progress
-from diffrep.data import cifar
+from diffrep.data import cifar, dense_check
+from diffrep.data.archives import unpack
 from diffrep.data.containers import existing
 from diffrep.data.datasets import split_positions
+from diffrep.data.dense_check import DenseReport
 from diffrep.data.imagenet import classes_without_image
 from diffrep.data.images import Part, UnreadableError, decoded, fingerprint
 from diffrep.data.reference import NAME as VAL256
@@ -31,7 +31,8 @@ from diffrep.data.sources import Source, read_source
 from diffrep.errors import UserError, nearest
 
 CHECKED = (  # NAMEs of `data check`
-    "celebahq", "cifar10", "cifar100", "dmkd", "flowers102", "folder", "imagenet", "parquet", "tiny-imagenet",
+    "ade20k", "celebahq", "celebamask-hq", "cifar10", "cifar100", "coco", "dmkd", "flowers102", "folder", "imagenet",
+    "parquet", "tiny-imagenet", "wflw",
 )  # fmt: skip
 _OFFICIAL_ARCHIVES = {  # md5 of the binary and the python version, from https://www.cs.toronto.edu/~kriz/cifar.html
     "cifar10": ("c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"),
@@ -83,7 +84,7 @@ class Report:
                 "unreadable": list(self.unreadable), "is_complete": self.is_complete}  # fmt: skip
 
 
-def check(name: str, path: str | Path) -> Report:
+def check(name: str, path: str | Path) -> Report | DenseReport:
     """Read everything once and say what is there; an archive is unpacked into a temporary folder.
 
     Args:
@@ -93,6 +94,8 @@ def check(name: str, path: str | Path) -> Report:
     Raises:
         UserError: another name, a path that cannot be such a data set, an archive that is not the official one.
     """
+    if name in dense_check.OFFICIAL_COUNTS:
+        return dense_check.check(name, str(path))
     location = _location(name, path)
     if _is_archive(name, location):
         with tempfile.TemporaryDirectory() as folder:
@@ -101,17 +104,20 @@ def check(name: str, path: str | Path) -> Report:
     return _report(name, location)
 
 
-def prepare(name: str, path: str | Path, out: str | Path) -> Report | Prepared:
+def prepare(name: str, path: str | Path, out: str | Path) -> Report | DenseReport | Prepared:
     """Unpack an official archive, or write one parquet file per part; ``out`` appears whole or not at all.
 
     Encoded images keep their bytes, decoded ones become PNG: no pixel changes. ``imagenet-val256`` is the exception:
-    see :func:`diffrep.data.reference.prepare_reference`.
+    see :func:`diffrep.data.reference.prepare_reference`. Masks, points and objects are unpacked, masks also merged: see
+    :func:`diffrep.data.dense_check.prepare`.
 
     Raises:
         UserError: as :func:`check`; anything missing or unreadable; ``out`` is there already.
     """
     if name == VAL256:
         return prepare_reference(path, out)
+    if name in dense_check.OFFICIAL_COUNTS:
+        return dense_check.prepare(name, str(path), out)
     location, target = _location(name, path, (*CHECKED, VAL256)), Path(out).expanduser()
     if target.exists():
         raise UserError(f"{out} exists; choose a new folder")
@@ -229,23 +235,8 @@ def _verify_archive(name: str, archive: Path) -> None:
 
 
 def _unpack(name: str, archive: Path, folder: Path) -> None:
-    """Verify, then write the archive's regular files below ``folder``; any other member refuses the whole archive."""
     _verify_archive(name, archive)
-    with tarfile.open(archive, "r:*") as tar:
-        for member in tar:
-            if member.isdir():
-                continue
-            target = folder / _safe_name(archive, member)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as written:
-                shutil.copyfileobj(tar.extractfile(member), written)  # type: ignore[arg-type]
-
-
-def _safe_name(archive: Path, member: tarfile.TarInfo) -> str:
-    name = PurePosixPath(member.name)
-    if not member.isreg() or name.is_absolute() or ".." in name.parts or "\\" in member.name:
-        raise UserError(f"{archive}: member {member.name!r} is not a plain file below the folder; nothing was written")
-    return member.name
+    unpack(archive, folder)
 
 
 def _write_parquet(path: Path, part: Part, classes: tuple[str, ...]) -> None:

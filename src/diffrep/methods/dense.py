@@ -14,7 +14,7 @@ from diffrep.files import read_json, write_json
 from diffrep.frozen.start import begin
 from diffrep.methods.base import Method, MethodConfig
 from diffrep.models import depths
-from diffrep.models.maps import MapBackbone
+from diffrep.models.maps import FuseUpsample, MapBackbone
 from diffrep.models.stored import Fit
 from diffrep.models.students import StudentConfig
 from diffrep.models.weights import read_weights, write_weights
@@ -29,6 +29,7 @@ class DenseConfig(MethodConfig):
     views: Any  # of its task: how a picture is brought before the network
     student: StudentConfig
     maps: tuple[str, ...] = ()  # taps of the backbone that heads read, finest first; () = its stages
+    fuse_upsample: FuseUpsample = "nearest"  # of HRNet's branches, where they are fused
     # a finished run, a folder with an ADDP network, or an official checkpoint (prefix student.backbone.)
     init: str | None = None
     init_skip: tuple[str, ...] = ()  # tensors of init that are left there

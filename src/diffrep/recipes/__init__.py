@@ -13,6 +13,7 @@ from diffrep.recipes import (
     baselines,
     clean_input,
     denoiser,
+    detect,
     dmkd,
     dmkd_cifar10,
     dmkd_cifar100,
@@ -20,6 +21,7 @@ from diffrep.recipes import (
     dmkd_more,
     fast,
     finetune,
+    landmark,
     mae,
     mixing,
     quickstart,
@@ -27,6 +29,7 @@ from diffrep.recipes import (
     repfusion_cifar10,
     repfusion_rows,
     roads,
+    segment,
 )  # fmt: skip
 from diffrep.recipes.base import Recipe, Study
 
@@ -53,5 +56,8 @@ ROOMS = (
     fast,
     baselines,
     mixing,
+    segment,
+    landmark,
+    detect,
 )
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

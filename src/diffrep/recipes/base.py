@@ -27,11 +27,14 @@ from diffrep.methods.addp import ADDPConfig
 from diffrep.methods.clean_input import CleanInputConfig
 from diffrep.methods.contrastive import ContrastiveConfig
 from diffrep.methods.denoiser import DenoiserConfig
+from diffrep.methods.detect import DetectConfig
 from diffrep.methods.dmkd import DMKDConfig
 from diffrep.methods.finetune import FinetuneConfig
+from diffrep.methods.landmark import LandmarkConfig
 from diffrep.methods.mae import MAEConfig
 from diffrep.methods.mixing import MixingConfig
 from diffrep.methods.repfusion import RepFusionConfig
+from diffrep.methods.segment import SegmentConfig
 from diffrep.methods.synthesis import SynthesisConfig
 from diffrep.methods.token_predictor import TokenPredictorMethodConfig
 from diffrep.methods.tokenizer import TokenizerConfig
@@ -53,7 +56,10 @@ MethodConfig = Annotated[
     | ADDPConfig
     | CleanInputConfig
     | MAEConfig
-    | MixingConfig,
+    | MixingConfig
+    | SegmentConfig
+    | LandmarkConfig
+    | DetectConfig,
     Field(discriminator="kind"),
 ]
 

@@ -30,6 +30,17 @@ def load(reference: str, overrides: Sequence[str] = (), allow_code: bool = False
         UserError: unknown name, unreadable file, unknown key, wrong value, foreign code without ``allow_code``.
     """
     values, origin = _from_file(Path(reference)) if _is_file(reference) else (_shipped(reference), reference)
+    return changed(values, origin, overrides, allow_code)
+
+
+def changed(
+    values: dict[str, Any], origin: str, overrides: Sequence[str] = (), allow_code: bool = False
+) -> Recipe | Study:
+    """A recipe or study from its plain values with overrides laid over them; ``origin`` is named in errors.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
     for override in overrides:
         values = _with(values, override)
     kind = values.get("kind", "recipe")

@@ -33,6 +33,9 @@ IDEAS = {
         "token, keeps the guesses it is surest of, turns all of it into pixels again, and looks once more. A token "
         "predictor (MAGE) does the same on tokens alone and sees pixels only at the end. "
     ),
+    "segment": "The task: to name the class of every pixel. ",
+    "landmark": "The task: to find certain points of a picture. ",
+    "detect": "The task: to find every object of a picture, with its class, its box and its mask. ",
 }
 ROLES = {
     "untrained": "as it was initialised; nothing was learned",

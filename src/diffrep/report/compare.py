@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from diffrep.report import choices, made, networks, pictures, sections, sets, teachers, worth
-from diffrep.report.numbers import binomial_se, listed
+from diffrep.report import choices, made, networks, pictures, predictions, sections, sets, teachers, worth
+from diffrep.report.numbers import binomial_se, listed, sentence
 from diffrep.report.page import Block, Page, Picture, Section, Table, Text
 from diffrep.report.scores import axis_words, labels_in, meanings, measure, printed, score_words, unit_words
 from diffrep.report.sections import labels_text
-from diffrep.report.values import NO_SCORE, SILENT, Entry, Run, Study, entry_of, settings
+from diffrep.report.values import SILENT, Entry, Run, Study, entry_of, is_score, settings
 
 
 def compare_page(found: Sequence[Run | Study], valuer: worth.Valuer | None = None) -> Page:
@@ -26,6 +26,7 @@ def compare_page(found: Sequence[Run | Study], valuer: worth.Valuer | None = Non
     blocks = [
         Section("", _overview(entries)),
         _scores(entries),
+        predictions.predictions(entries),
         worth.worth_of(entries, valuer) if valuer else None,
         _budget(entries),
         _published(entries),
@@ -92,7 +93,7 @@ def _overview(entries: Sequence[Entry]) -> list[Block]:
     ]
     alt = "; ".join(f"{e.label} {printed(name, list(e.score(name).values()))}" for e in entries if e.score(name))
     marks = "large dots are means, small dots seeds, bars one standard deviation"
-    caption = f"{score_words(name).capitalize()}: {marks}. The axis does not begin at zero. {_noise(entries, name)}"
+    caption = f"{sentence(score_words(name))}: {marks}. The axis does not begin at zero. {_noise(entries, name)}"
     chart = pictures.arms_chart(rows, axis_words(name))
     return [*blocks, Picture(f"Score{unit_words([name])} ({score_words(name)}). {alt}.", caption, chart)]
 
@@ -110,7 +111,7 @@ def _noise(entries: Sequence[Entry], name: str) -> str:
 
 def _names(entries: Sequence[Entry]) -> list[str]:
     """Score names, those that most entries have first."""
-    found = [n for e in entries for n in dict.fromkeys(k for s in e.scores.values() for k in s) if n not in NO_SCORE]
+    found = [n for e in entries for n in dict.fromkeys(k for s in e.scores.values() for k in s) if is_score(n)]
     return sorted(dict.fromkeys(found), key=lambda n: -found.count(n))
 
 

@@ -86,7 +86,7 @@ def address(path: Path) -> tuple[str, float]:
             small, file = image.convert("RGB"), io.BytesIO()
             small.resize((WIDEST, round(height * WIDEST / width)), Image.Resampling.LANCZOS).save(file, "PNG")
             content = file.getvalue()
-    kind = path.suffix.removeprefix(".")
+    kind = path.suffix.removeprefix(".").replace("jpg", "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", height / width
 
 

@@ -9,7 +9,7 @@ from diffrep.report.made import made_headline
 from diffrep.report.numbers import listed, sentence
 from diffrep.report.page import Block, Text
 from diffrep.report.scores import average_of, best, labels_in, short_words, valued
-from diffrep.report.values import Entry, Study, references, role
+from diffrep.report.values import DENSE, Entry, Study, references, role
 
 
 def headline(study: Study) -> list[Block]:
@@ -73,8 +73,8 @@ def _labels(arm: Entry, name: str) -> str:
     """``those labels`` where the score has named a number, else how many the arm itself learned from."""
     if labels_in(name):
         return "those labels"
-    count = _counted(arm, "labels_seen")
-    return f"{count:,} real labels" if count else "real labels"
+    count, what = _counted(arm, "labels_seen"), "pictures" if arm.kind in DENSE else "real labels"
+    return f"{count:,} {what}" if count else what
 
 
 def _percent(arm: Entry, name: str) -> str:

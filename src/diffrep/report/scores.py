@@ -24,6 +24,12 @@ DISTANCE = Measure(is_percent=False, is_low_better=True, is_share=False)
 FINE = Measure(is_percent=False, is_low_better=True, is_share=False, digits=4)
 PART = Measure(is_percent=False, is_share=False, digits=3)  # of one, as torch-fidelity says it
 PLAIN = Measure(is_percent=False, is_share=False)
+OVERLAP = Measure(is_share=False)  # percent, of pixels, points or objects
+MISS = Measure(is_low_better=True, is_share=False, digits=2)
+OF_OVERLAP = (
+    *("miou", "miou_parts", "pixel_accuracy", "mean_accuracy", "mean_dice", "challenge_score", "auc10"),
+    *("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
+)
 MEASURES = {
     "ece": Measure(is_low_better=True, is_share=False),
     "frechet": DISTANCE,
@@ -36,6 +42,9 @@ MEASURES = {
     "psnr": PLAIN,
     "test_perplexity": PLAIN,
     "test_codes_used": Measure(is_share=False),
+    **dict.fromkeys(OF_OVERLAP, OVERLAP),
+    "nme": MISS,
+    "fr10": MISS,
 }
 
 COUNTED = {"linear_probe": "linear probe", "knn": "k-NN"}  # names that end in a number of labels
@@ -54,6 +63,19 @@ WORDS = {
     "psnr": "PSNR of its copies",
     "test_codes_used": "codes that test images use",
     "test_perplexity": "perplexity of those codes",
+    "miou": "mIoU",
+    "miou_parts": "mIoU without background",
+    "mean_accuracy": "mean class accuracy",
+    "mean_dice": "mean Dice",
+    "nme": "NME",
+    "fr10": "failure rate",
+    "auc10": "AUC",
+    "box_ap": "box AP",
+    "box_ap50": "box AP50",
+    "box_ap75": "box AP75",
+    "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50",
+    "mask_ap75": "mask AP75",
 }
 MEANING = {
     "linear_probe": "Linear probe: the network is frozen and the simplest classifier learns from its output.",
@@ -89,6 +111,24 @@ MEANING = {
     ),
     "test_codes_used": "Codes that test images use: of the codebook, those that stand for some part of some image.",
     "test_perplexity": "Perplexity: how many codes, all used alike, would be as hard to guess.",
+    "miou": (
+        "mIoU: of a class, the pixels that truth and prediction share, by those that one of them has, over all test "
+        "pictures; the mean over classes."
+    ),
+    "miou_parts": "mIoU without background: the same over the other classes.",
+    "pixel_accuracy": "Pixel accuracy: the share of pixels with the right class.",
+    "mean_accuracy": "Mean class accuracy: the share of each class's pixels that are found; the mean over classes.",
+    "nme": (
+        "NME: the mean distance of a point from the truth, in parts of a length that every picture has (in WFLW "
+        "between the outer eye corners); lower is better."
+    ),
+    "fr10": "Failure rate: pictures whose own NME is above 0.10 (10 %); lower is better.",
+    "auc10": "AUC: the share of pictures below an NME, averaged over all NMEs from 0 to 0.10.",
+    "box_ap": (
+        "Box AP: the area below precision against recall, a box being right when it overlaps the true one by 0.50, "
+        "0.55, ... 0.95; the mean over these and over classes, as COCO has it. AP50: 0.50 is enough."
+    ),
+    "mask_ap": "Mask AP: the same, masks overlapping.",
 }
 
 

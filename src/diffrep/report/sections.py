@@ -26,6 +26,9 @@ LOGGED = {
     "clean_input": {"loss": "minus cosine"},
     "mixing": {"loss": "loss"},
     "contrastive": {"loss": "loss"},
+    "segment": {"loss": "loss"},
+    "landmark": {"loss": "mean squared error"},
+    "detect": {"loss": "loss"},
 }
 SHARES = ("agreement", "masked_top1", "codes_used")  # logged as parts of one, shown in percent
 KINDS = {
@@ -40,6 +43,9 @@ KINDS = {
     "clean_input": "clean-input extractor (CleanDIFT)",
     "mixing": "learned mix of features",
     "contrastive": "self-supervised learning (SimCLR)",
+    "segment": "semantic segmentation",
+    "landmark": "landmarks",
+    "detect": "detection",
     "probe": "probe of a diffusion model",
     "features": "stored features",
     "synthesis": "drawn images",
@@ -70,6 +76,10 @@ CURVE_WORDS = {
     "one: minus the cosine of their features, so -1 is the best there can be.",
     ("mixing", "loss"): "Cross-entropy of the mixed features' classifier on the labelled training images.",
     ("contrastive", "loss"): "How hard it still is to find a view's partner among all views of a batch (NT-Xent).",
+    ("segment", "loss"): "Cross-entropy of the pixels' classes on training pictures, auxiliary heads included.",
+    ("landmark", "loss"): "How far the heat maps of the points are from those of the truth (mean squared error), on "
+    "training pictures. It is small from the start, because nearly all of a heat map is zero.",
+    ("detect", "loss"): "The sum of the losses of proposals, boxes, classes and masks on training pictures.",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffrep.report import choices, made, networks, results, sections, sets, sweeps, teachers, worth
+from diffrep.report import choices, made, networks, predictions, results, sections, sets, sweeps, teachers, worth
 from diffrep.report.arms import arms_blocks, middle_noise
 from diffrep.report.findings import findings
 from diffrep.report.headline import headline
@@ -22,6 +22,7 @@ def study_page(study: Study) -> Page:
         *(_contest(one) for one in others),
         *sweeps.sweeps(study),
         worth.worth((study.result or {}).get("worth_labels") or (), {arm.name: arm.label for arm in study.arms}),
+        predictions.predictions(study.arms),
         teachers.samples(study.entries),
         sets.drawn_sets(study.entries),
         made.made_images([*study.arms, *(e for e in study.entries if e not in study.arms)], study.entries),

@@ -12,7 +12,10 @@ STAGE = "stage:"
 BEFORE_STAGE = ("random:", "classifier:", "synthetic:", "generated:")  # what may stand before a reference to a stage
 CLASSIFIER = ("top1", "top1_six_views", "top5", "agreement", "ece", "best_top1")  # scores of a network's own last layer
 SILENT = ("format", "name", "about", "seed", "published", "ours", "assumed", "needs")  # change no result
-NO_SCORE = ("test_images",)  # stands among the scores and is none
+NO_SCORE = ("test_images", "best_step", "classes")  # stand among the scores and are none
+# How scores begin that stand in tables of their own: of subsets, and of precision by size and recall.
+DETAILS = ("nme_", "fr10_", "auc10_", "box_ap_", "mask_ap_", "box_ar", "mask_ar")
+DENSE = ("segment", "landmark", "detect")  # kinds that learn masks, points or objects
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,13 @@ class Study:
 
 def score_names(entries: Sequence[Entry]) -> list[str]:
     """Every score that one of them has, in order."""
-    found = [n for entry in entries for scores in entry.scores.values() for n in scores if n not in NO_SCORE]
+    found = [n for entry in entries for scores in entry.scores.values() for n in scores if is_score(n)]
     return list(dict.fromkeys(found))
+
+
+def is_score(name: str) -> bool:
+    """Whether it stands beside others in a table of scores."""
+    return name not in NO_SCORE and not name.startswith(DETAILS)
 
 
 def entry_of(label: str, runs: Sequence[Run]) -> Entry:
@@ -258,6 +266,8 @@ def role(entry: Entry, entries: Sequence[Entry]) -> str:
         return "teacher" if started == "scratch" and _teaches(entry, entries) else started
     if entry.kind == "generation":
         return "ablated" if _ablated(entry, entries) else _walking(entry.recipe)
+    if entry.kind in DENSE:
+        return "untrained" if _is_untrained(entry) else "tuned" if method.get("init") else "scratch"
     if entry.kind in ("contrastive", "mae", "addp", "token_predictor"):
         return "untrained" if _is_untrained(entry) else entry.kind
     if entry.kind not in ("repfusion", "dmkd"):

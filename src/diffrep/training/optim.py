@@ -15,6 +15,8 @@ from diffrep.errors import UserError, nearest
 from diffrep.training.lars import Lars
 from diffrep.training.muon import Muon
 
+MILESTONE_SLACK = 1e-6  # steps: a share such as 163,889 / 184,375 of the run may be rounded to just behind its step
+
 
 class LrScheduleConfig(Config):
     """The factor on the rate: warm-up, an optional constant stretch, then the decay."""
@@ -22,6 +24,9 @@ class LrScheduleConfig(Config):
     name: Literal["constant", "cosine", "step", "polynomial"] = "cosine"
     warmup_steps: int = Field(0, ge=0)  # linear; the first step has one part of it
     warmup_from_zero: bool = False  # the first step has rate 0, as MAE's and ADDP's schedule
+    # share of the scheduled rate at step 0, rising to 1 while the decay counts from step 0 (mmcv, ViTDet)
+    warmup_ratio: float | None = Field(None, gt=0, le=1)
+    warmup_by_powers: bool = False  # from warmup_ratio by equal factors, and the decay begins behind it (zllrunning)
     hold: float = Field(0.0, ge=0, lt=1)  # share of the run before cosine or polynomial decay begins
     final: float = Field(0.0, ge=0, le=1)  # factor at the end of cosine or polynomial
     milestones: tuple[float, ...] = ()  # shares of the run at which `step` multiplies by gamma
@@ -34,6 +39,10 @@ class LrScheduleConfig(Config):
             raise ValueError("lr_schedule 'step' needs milestones, as shares of the run in (0, 1)")
         if any(not 0 < m < 1 for m in self.milestones):
             raise ValueError("milestones are shares of the run in (0, 1)")
+        if self.warmup_ratio is not None and (self.warmup_from_zero or not self.warmup_steps):
+            raise ValueError("warmup_ratio needs warmup_steps, and not warmup_from_zero")
+        if self.warmup_by_powers and self.warmup_ratio is None:
+            raise ValueError("warmup_by_powers starts from a warmup_ratio")
         return self
 
 
@@ -46,6 +55,7 @@ class OptimConfig(Config):
     group_lr: dict[str, float] = {}  # factor on the rate by part, e.g. {"policy": 1.5}
     weight_decay: float = Field(0.0, ge=0)  # muon: divided by the group's rate, so a share per step; filters have none
     weight_decay_exclude_1d: bool = False  # no decay of biases, norms, tables of positions and class tokens
+    weight_decay_exclude_norms: bool = False  # no decay of norms, tables and tokens, but of biases (detectron2)
     layer_decay: float = Field(1.0, gt=0, le=1)  # factor on the rate for each layer below the head
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars, and muon of what is no filter
@@ -63,6 +73,8 @@ class OptimConfig(Config):
             raise ValueError("group_lr holds factors of 0 or more")
         if self.nesterov and (self.name != "sgd" or not self.momentum):
             raise ValueError("nesterov belongs to sgd with a momentum above 0")
+        if self.weight_decay_exclude_1d and self.weight_decay_exclude_norms:
+            raise ValueError("weight_decay_exclude_1d spares norms already; give it or weight_decay_exclude_norms")
         return self
 
     def rate(self, batch_size: int) -> float:
@@ -78,12 +90,13 @@ def optimiser(
     batch_size: int,
     layers: Sequence[Sequence[nn.Parameter]] = (),
     undecayed: Sequence[nn.Parameter] = (),
+    norms: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Each group keeps its peak rate under ``peak_lr``; the first one has the rate of the deepest layer.
 
     Args:
         layers: parameters by depth, for ``layer_decay``; the head last.
-        undecayed: what ``weight_decay_exclude_1d`` spares although it has more than one dimension.
+        undecayed: what weight decay may spare although it has more than one dimension. norms: those of norms.
 
     Raises:
         UserError: ``group_lr`` names a part the method does not have, or it does not know its layers.
@@ -98,8 +111,8 @@ def optimiser(
     ]
     if config.layer_decay < 1:
         parts = by_layer(parts, config.layer_decay, layers)
-    if config.weight_decay_exclude_1d:
-        parts = sparing(parts, undecayed)
+    if config.weight_decay_exclude_1d or config.weight_decay_exclude_norms:
+        parts = sparing(parts, [*undecayed, *norms], config.weight_decay_exclude_1d)
     return _built(config, [part for part in parts if part["params"]])
 
 
@@ -120,13 +133,13 @@ def by_layer(parts: Sequence[Part], decay: float, layers: Sequence[Sequence[nn.P
     return found
 
 
-def sparing(parts: Sequence[Part], undecayed: Sequence[nn.Parameter]) -> list[Part]:
-    """Each part in two: what weight decay takes from, and what it spares."""
+def sparing(parts: Sequence[Part], undecayed: Sequence[nn.Parameter], and_1d: bool) -> list[Part]:
+    """Each part in two: what weight decay takes from, and what it spares; ``and_1d``: whatever has one dimension."""
     named = set(undecayed)
     found = []
     for part in parts:
-        spared = [p for p in part["params"] if p.dim() <= 1 or p in named]
-        others = [p for p in part["params"] if p.dim() > 1 and p not in named]
+        spared = [p for p in part["params"] if p in named or (and_1d and p.dim() <= 1)]
+        others = [p for p in part["params"] if p not in named and not (and_1d and p.dim() <= 1)]
         found += [part | {"params": others}, part | {"params": spared, "weight_decay": 0.0}]
     return found
 
@@ -146,15 +159,32 @@ def _built(config: OptimConfig, parts: list[Part]) -> torch.optim.Optimizer:
     return kind(parts, betas=config.betas, weight_decay=config.weight_decay)
 
 
+def norm_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of norms, told by the name of their class."""
+    norms = [module for module in network.modules() if "Norm" in type(module).__name__]
+    return [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
+
+
 def lr_factor(config: LrScheduleConfig, step: int, steps: int) -> float:
     """The factor on the peak rate at ``step`` of ``steps`` (both counted from 0), in [0, 1]."""
-    if step < config.warmup_steps:
+    begins = config.warmup_steps if config.warmup_ratio is None or config.warmup_by_powers else 0
+    if step >= config.warmup_steps:
+        return _scheduled(config, step, steps, begins)
+    if config.warmup_ratio is None:
         return (step + (not config.warmup_from_zero)) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    left = 1 - step / config.warmup_steps
+    if config.warmup_by_powers:
+        return config.warmup_ratio**left
+    return _scheduled(config, step, steps, begins) * (1 - left * (1 - config.warmup_ratio))  # mmcv's LrUpdaterHook
+
+
+def _scheduled(config: LrScheduleConfig, step: int, steps: int, begins: int) -> float:
+    """Without warm-up; ``begins``: the step from which cosine and polynomial count."""
+    progress = (step - begins) / max(1, steps - begins)
     if config.name == "constant":
         return 1.0
     if config.name == "step":
-        return config.gamma ** sum(step >= m * steps for m in config.milestones)
+        return config.gamma ** sum(step >= m * steps - MILESTONE_SLACK for m in config.milestones)
     decayed = max(0.0, (progress - config.hold) / (1 - config.hold))
     curve = (1 + math.cos(math.pi * decayed)) / 2 if config.name == "cosine" else (1 - decayed) ** config.power
     return config.final + (1 - config.final) * curve

@@ -21,7 +21,7 @@ from diffrep.methods.base import Method
 from diffrep.randomness import Rows, seeded, stream
 from diffrep.training import best, checkpoint, devices, sharding
 from diffrep.training.config import TrainConfig
-from diffrep.training.optim import Ema, OptimConfig, lr_factor, optimiser, set_rates
+from diffrep.training.optim import Ema, OptimConfig, lr_factor, norm_parameters, optimiser, set_rates
 from diffrep.training.run import RunDir
 
 
@@ -48,7 +48,7 @@ class Trainer:
     def hand_out(self, wrapped: nn.Module) -> None:
         """The optimiser of what the method's parameters are now; ``wrapped`` is what a step calls."""
         groups, batch_size = self.method.parameter_groups(), self.config.batch_size
-        self.optimizer = optimiser(self.optim, groups, batch_size, *self.method.depths())
+        self.optimizer = optimiser(self.optim, groups, batch_size, *self.method.depths(), norm_parameters(self.method))
         self.wrapped, self.stepper = wrapped, self.accelerator.prepare(self.optimizer)
         self.ema = Ema(self.method, self.config.ema_decay) if self.config.ema_decay else None
 

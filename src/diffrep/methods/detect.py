@@ -1,0 +1,72 @@
+"""Detection: boxes, classes and masks of objects, by Mask R-CNN on a ViT that comes from scratch or from a run.
+
+Li, Mao, Girshick, He 2022 (ViTDet); detectron2's project of that name, with which ADDP's figures are compared.
+Deviations: those of :mod:`diffrep.models.mask_rcnn` (whole-numbered anchors, a background class that owns boxes and
+masks) and of :mod:`diffrep.data.detect_views` (masks to the nearest pixel); a box of no width or height is no target.
+Letters: B images, S their side, n objects, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffrep.data.batch import Batch
+from diffrep.data.dense import DenseSet
+from diffrep.data.detect_views import DetectViews
+from diffrep.errors import UserError
+from diffrep.methods.dense import DenseConfig, DenseMethod
+from diffrep.models.maps import MapBackbone
+from diffrep.models.mask_rcnn import Found, HeadConfig, MaskRCNN
+from diffrep.models.vitdet import SimplePyramid, ViTDet, global_blocks
+from diffrep.randomness import Rows
+
+
+class DetectConfig(DenseConfig):
+    """A ViT, how far its blocks see, and the heads on its pyramid."""
+
+    kind: Literal["detect"] = "detect"
+    views: DetectViews = DetectViews()
+    window: int = Field(14, ge=1)  # tokens of a window's side: the grid of a ViT for 224 pixels
+    # blocks that attend everywhere, the others within windows; (): the last of each quarter, as published
+    global_blocks: tuple[int, ...] = ()
+    heads: HeadConfig = HeadConfig()
+
+
+class Detect(DenseMethod):
+    """The losses of proposals, classes, boxes and masks, added up."""
+
+    task = "detect"
+
+    def __init__(self, config: DetectConfig, images: DenseSet) -> None:
+        super().__init__()
+        self.config, self.image_size = config, config.views.size
+        self.backbone = MapBackbone(config.student, config.maps)
+        self.start(config)
+        self.network = MaskRCNN(self._pyramid(config), len(images.classes), config.heads)
+        self.facts = {"classes": list(images.classes), **images.facts}
+
+    def _pyramid(self, config: DetectConfig) -> SimplePyramid:
+        vit = self.backbone.net
+        depth = len(getattr(vit, "blocks", ()))
+        chosen = config.global_blocks or global_blocks(depth)
+        if beyond := [number for number in chosen if not 0 <= number < depth]:
+            raise UserError(f"method.global_blocks {beyond[0]}: the network has blocks 0 to {depth - 1}")
+        net = ViTDet(vit, config.window, sorted({*range(depth)} - {*chosen}), config.views.size)
+        if config.views.size % net.stride:
+            raise UserError(f"method.views.size {config.views.size}: takes multiples of {net.stride}, one patch")
+        return SimplePyramid(net, net.width, net.stride, config.heads.channels)
+
+    def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
+        losses = self.network(self.backbone.normalise(batch.images), batch.target)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def found(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Found]:
+        """What is found in images (B, 3, S, S) in [0, 1] whose pictures are ``sizes`` large."""
+        return self.network.found(self.backbone.normalise(images), sizes)
+
+    def dry_step(self, images: Tensor) -> None:
+        self.network.dry_step(self.backbone.normalise(images))
