@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: quickstart test test-slow check format bench evidence evidence-dmkd evidence-addp evidence-probe \
-	evidence-repfusion evidence-roads docs clean
+	evidence-repfusion evidence-roads evidence-dense docs clean
 
 quickstart: $(VENV)/.ready  ## diffusion models teach small networks: about nine minutes of CPU, then a report
 	$(BIN)/diffrep run quickstart --out runs/quickstart
@@ -56,6 +56,10 @@ evidence-repfusion: $(VENV)/.ready  ## the first road on CIFAR-10, three seeds (
 
 evidence-roads: $(VENV)/.ready  ## the three roads combined on digits, five seeds: about half an hour of CPU
 	$(BIN)/diffrep run roads_digits --seeds 0,1,2,3,4 --record docs/results/data --out runs/evidence-roads
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-dense: $(VENV)/.ready  ## segmentation and landmarks on digits, three seeds: about an hour of CPU
+	$(BIN)/diffrep run dense_digits --record docs/results/data --out runs/evidence-dense
 	$(BIN)/python -m benchmarks.evidence
 
 docs: $(VENV)/.ready  ## the manual, in site/

@@ -12,7 +12,9 @@ from benchmarks import (
     attention,
     augmentation,
     distillation_step,
+    heatmaps,
     kd_step,
+    miou,
     pretraining,
     published_teachers,
     startup,
@@ -34,6 +36,8 @@ ROOMS = (
     alternation,
     pretraining,
     attention,
+    miou,
+    heatmaps,
 )
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 OUT = Path("runs") / "benchmarks.json"

@@ -160,12 +160,16 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "quickstart.md").write_text(quickstart_page())
     from benchmarks.evidence_addp import addp_page  # which build on this page
+    from benchmarks.evidence_dense import dense_page
     from benchmarks.evidence_dmkd import dmkd_page
     from benchmarks.evidence_probe import probe_page
     from benchmarks.evidence_repfusion import repfusion_page
     from benchmarks.evidence_roads import roads_page
 
-    made = {"repfusion": repfusion_page, "dmkd": dmkd_page, "addp": addp_page, "probe": probe_page, "roads": roads_page}
+    made = {
+        "repfusion": repfusion_page, "dmkd": dmkd_page, "addp": addp_page, "probe": probe_page, "roads": roads_page,
+        "dense": dense_page,
+    }  # fmt: skip
     pages = {name: page() for name, page in made.items()}
     for name, page in pages.items():
         if page:

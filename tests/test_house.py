@@ -44,6 +44,7 @@ TABLE = {
         "data.batch",
         "data.shards",
         "data.timm_views",
+        "data.dense",
         "data.segment_views",
         "data.landmark_views",
         "data.detect_views",

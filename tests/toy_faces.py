@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffrep.data.dense import DensePart, DenseRead, DenseSet
-from diffrep.data.wflw import SUBSETS, Face
+from diffrep.data.wflw import Face
 
 EYES = (0, 1)
 PAIRS = ((0, 1), (3, 4))  # eyes and corners of the mouth; 2 is the nose
@@ -38,7 +38,7 @@ def wflw_entries(folder):
     return [(entry, files[entry["image_id"]]) for entry in content["annotations"]]
 
 
-def text_line(entry, file, flags=(0,) * len(SUBSETS)):
+def text_line(entry, file, flags=(0, 0, 0, 0, 0, 0)):
     """The entry as a line of the official text list."""
     numbers = [v for k, v in enumerate(entry["keypoints"]) if k % 3 < 2]
     x, y, width, height = (round(v) for v in entry["bbox"])

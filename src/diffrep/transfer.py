@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from diffrep.assemble import estimate
-from diffrep.data.datasets import DataConfig
 from diffrep.data.dense import load_dense
 from diffrep.data.sources import DENSE_TASKS, parse_any
 from diffrep.dense import TASKS, of_dense
@@ -71,14 +70,15 @@ class Plan:
             UserError: the run learnt other classes.
         """
         assert self.finished is not None
-        test = load_dense(DataConfig(source=self.source), "test", of_dense(self.recipe).kind)
-        config = of_dense(self.recipe).model_copy(update={"init": None})
-        method = TASKS[self.task].method(config, test)
-        method.load(self.finished / best.BEST if best.known(self.finished) else self.finished)
-        learnt = read_json(self.finished / "config.json").get("classes", list(test.classes))
+        data = self.recipe.data.model_copy(update={"source": self.source})
+        test = load_dense(data, "test", of_dense(self.recipe).kind)
+        place = self.finished / best.BEST if best.known(self.finished) else self.finished
+        learnt = read_json(place / "config.json").get("classes", list(test.classes))
         if list(learnt) != list(test.classes):
             told = f"{len(learnt)} classes, {self.source} has {len(test.classes)}"
             raise UserError(f"evaluate: {self.finished} knows {told}, or others by name")
+        method = TASKS[self.task].method(of_dense(self.recipe).model_copy(update={"init": None}), test)
+        method.load(place)
         found = TASKS[self.task].scores(method.eval().to(device), test, device, None, 0)
         return found | {"test_images": len(test)}
 
@@ -108,8 +108,12 @@ def plans(
     result = read_json(place / "result.json") if (place / "result.json").is_file() else {}
     if result.get("kind") in TASKS:
         return [_of_finished(place, result["kind"], task, source, overrides) for task, source in tasks]
-    student = _encoder(model, place, look or {})
-    return [Plan(task, source, _recipe(model, student, task, source, overrides, allow_code)) for task, source in tasks]
+    encoder = _Encoder.of(model, _student(model, place, look or {}))
+    made = [Plan(task, source, _recipe(encoder, task, source, overrides, allow_code)) for task, source in tasks]
+    for plan in made[1:]:  # what is wrong with the first, its run says at once; with others, only hours later
+        for split in ("train", "test"):
+            load_dense(plan.recipe.data, split, of_dense(plan.recipe).kind)
+    return made
 
 
 def _check(task: str, source: str) -> None:
@@ -164,7 +168,7 @@ def carried_out(
 # The encoder
 
 
-def _encoder(model: str, place: Path, look: dict[str, Any]) -> StudentConfig:
+def _student(model: str, place: Path, look: dict[str, Any]) -> StudentConfig:
     """Which network it is, and how it sees images."""
     if model.startswith(TIMM):
         found, name = of_timm(model.removeprefix(TIMM), {}), model.removeprefix(TIMM).partition(".")[0]
@@ -193,12 +197,25 @@ def _of_file(place: Path, look: dict[str, Any]) -> StudentConfig:
     )
 
 
-def _family(student: StudentConfig) -> str:
-    backbone = _on_paper(student, ())
-    depth = len(getattr(backbone.net, "blocks", ()))
-    if backbone.names[0].startswith("blocks.") and len(set(backbone.strides)) == 1:
-        return "large vit" if depth >= LARGE_DEPTH else "vit"
-    return "hrnet" if student.name.startswith("hrnet") else "convolutional"
+@dataclass(frozen=True)
+class _Encoder:
+    """What decides on its recipes. has_table: of positions, for images of one size; maps: name and stride of each."""
+
+    model: str
+    student: StudentConfig
+    family: str
+    has_table: bool
+    maps: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, model: str, student: StudentConfig) -> _Encoder:
+        backbone = _on_paper(student, ())
+        depth = len(getattr(backbone.net, "blocks", ()))
+        family = "hrnet" if student.name.startswith("hrnet") else "convolutional"
+        if backbone.names[0].startswith("blocks.") and len(set(backbone.strides)) == 1:
+            family = "large vit" if depth >= LARGE_DEPTH else "vit"
+        has_table = "vit" in family and hasattr(backbone.net, "pos_embed")
+        return cls(model, student, family, has_table, _maps(backbone))
 
 
 def _on_paper(student: StudentConfig, maps: Sequence[str]) -> MapBackbone:
@@ -206,16 +223,19 @@ def _on_paper(student: StudentConfig, maps: Sequence[str]) -> MapBackbone:
         return MapBackbone(student, maps)
 
 
+def _maps(backbone: MapBackbone) -> tuple[tuple[str, int], ...]:
+    return tuple(zip(backbone.names, backbone.strides, strict=True))
+
+
 # The recipe
 
 
-def _recipe(
-    model: str, student: StudentConfig, task: str, source: str, overrides: Sequence[str], allow_code: bool
-) -> Recipe:
+def _recipe(encoder: _Encoder, task: str, source: str, overrides: Sequence[str], allow_code: bool) -> Recipe:
     """The preset with encoder and data put in; refused where its head cannot read such maps."""
-    family = _family(student)
+    model, family = encoder.model, encoder.family
     if family not in PRESETS[task]:
-        raise UserError(f"{model}: no preset of '{task}' takes {student.name}: a detector stands on a plain ViT")
+        name = encoder.student.name
+        raise UserError(f"{model}: no preset of '{task}' takes {name}: a detector stands on a plain ViT")
     preset = PRESETS[task][family]
     base = RECIPES[preset]()
     assert isinstance(base, Recipe)
@@ -225,21 +245,20 @@ def _recipe(
         "published": None, "needs": [], "assumed": [f"settings are those of {preset}"],
     }  # fmt: skip
     values["data"]["source"] = source
-    # As the preset's network, but for what a step does at random in it.
-    dropped = {k: v for k, v in of_dense(base).student.options.items() if k == "drop_path_rate" and "vit" in family}
-    values["method"]["student"] = _dumped(student, dropped)
-    values["method"]["init"] = model
+    values["method"] |= {"student": _student_values(encoder, of_dense(base)), "init": model}
     if task == "landmark":
-        values["method"] |= _points(student, values["method"])
+        values["method"] |= _points(encoder, values["method"])
     found = changed(values, model, _for_task(overrides, task), allow_code)
     assert isinstance(found, Recipe)
-    _check_maps(model, of_dense(found))
-    return found if task == "detect" else _at_size(found, student, family)
+    _check_maps(encoder, of_dense(found))
+    return found if task == "detect" else _at_size(found, encoder)
 
 
-def _dumped(student: StudentConfig, more: dict[str, Any]) -> dict[str, Any]:
-    options = {**student.options, **more}
-    return student.model_copy(update={"options": options}).model_dump(mode="json")
+def _student_values(encoder: _Encoder, preset: DenseConfig) -> dict[str, Any]:
+    """The encoder, with what the preset's network does at random in a step."""
+    names = ("drop_path_rate",) if "vit" in encoder.family else ()
+    options = encoder.student.options | {k: v for k, v in preset.student.options.items() if k in names}
+    return encoder.student.model_copy(update={"options": options}).model_dump(mode="json")
 
 
 def _for_task(overrides: Sequence[str], task: str) -> list[str]:
@@ -252,37 +271,37 @@ def _name(task: str, source: str, model: str) -> str:
     return words[:80].strip("_")
 
 
-def _points(student: StudentConfig, method: dict[str, Any]) -> dict[str, Any]:
+def _points(encoder: _Encoder, method: dict[str, Any]) -> dict[str, Any]:
     """A backbone that starts from somewhere is not drawn; each transposed convolution doubles the coarsest map."""
     fields: dict[str, Any] = {"backbone_std": None}
     if method["head"] == "deconv":
-        coarsest = _on_paper(student, ()).strides[-1]
-        doublings = max(0, round(math.log2(coarsest / HEATMAP_STRIDE)))
+        doublings = max(0, round(math.log2(encoder.maps[-1][1] / HEATMAP_STRIDE)))
         fields["deconv"] = [method["deconv"][0]] * doublings
     return fields
 
 
-def _at_size(recipe: Recipe, student: StudentConfig, family: str) -> Recipe:
+def _at_size(recipe: Recipe, encoder: _Encoder) -> Recipe:
     """A ViT's table of positions is one for the crops of training, resized as it is loaded: mmsegmentation's way."""
     config = of_dense(recipe)
-    has_table = "vit" in family and hasattr(_on_paper(student, ()).net, "pos_embed")
-    if not has_table or config.student.options.get("img_size") != student.options.get("img_size"):
+    options, taught = config.student.options, encoder.student.options
+    if not encoder.has_table or options.get("img_size") != taught.get("img_size"):
         return recipe
     side = config.views.crop if config.kind == "segment" else config.views.size
-    sized = config.student.model_copy(update={"options": config.student.options | {"img_size": side}})
+    sized = config.student.model_copy(update={"options": options | {"img_size": side}})
     return recipe.model_copy(update={"method": config.model_copy(update={"student": sized})})
 
 
-def _check_maps(model: str, config: DenseConfig) -> None:
+def _check_maps(encoder: _Encoder, config: DenseConfig) -> None:
     """Refuse in the user's words what the head would refuse when it is built."""
     if getattr(config, "head", None) != "bisenet":
         return
-    backbone = _on_paper(config.student, config.maps)
-    if backbone.strides == STRIDES:
+    is_changed = config.maps or config.student != encoder.student
+    maps = _maps(_on_paper(config.student, config.maps)) if is_changed else encoder.maps
+    if tuple(stride for _, stride in maps) == STRIDES:
         return
-    found = ", ".join(f"{name} at 1/{stride}" for name, stride in zip(backbone.names, backbone.strides, strict=True))
+    found = ", ".join(f"{name} at 1/{stride}" for name, stride in maps)
     raise UserError(
-        f"{model}: BiSeNet reads four maps, at 1/4, 1/8, 1/16 and 1/32 of a picture, and {config.student.name} has "
-        f"{found}; name four such taps (--set segment.method.maps=[...]), or read these: --set "
-        "segment.method.head=upernet"
+        f"{encoder.model}: BiSeNet reads four maps, at 1/4, 1/8, 1/16 and 1/32 of a picture, and "
+        f"{config.student.name} has {found}; name four such taps (--set segment.method.maps=[...]), or read these: "
+        "--set segment.method.head=upernet"
     )

@@ -250,7 +250,7 @@ def test_faces_of_any_pictures_make_a_batch():
     faces = [face(), face(40, 30, 15), face(30, 80, 25, [1, 1, 0, 1, 1])]
     made = face_set(faces, images)
     batch = DenseFeed(made, views(made), 6, 0).batch(0, [0, 1, 2, 5], torch.device("cpu"))
-    assert batch.images.shape == (4, 3, 48, 48) and 0 <= batch.images.min() and batch.images.max() <= 1
+    assert batch.images.shape == (4, 3, 48, 48) and batch.images.min() >= 0 and batch.images.max() <= 1
     assert batch.target["points"].shape == (4, 5, 2) and batch.target["points"].dtype == torch.float32
     assert batch.target["visible"].shape == (4, 5) and batch.target["visible"].dtype == torch.bool
     part = DenseFeed(made, views(made), 6, 0).batch(0, [5], torch.device("cpu"))

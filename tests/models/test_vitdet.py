@@ -150,7 +150,9 @@ def test_a_table_of_another_size_is_resized_linearly():
 def test_a_fresh_table_changes_nothing():
     """Zero relative positions and one window as large as the map: timm's own ViT without class token and norm."""
     with seeded(0, "test"):
-        vit = timm_vit(img_size=64, patch_size=16, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg")
+        vit = timm_vit(
+            img_size=64, patch_size=16, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg"
+        )
         images = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
             expected = vit.blocks(vit.patch_embed(images) + vit.pos_embed)
@@ -171,7 +173,9 @@ def test_no_table_of_all_pairs_is_held():
 
 
 def test_other_sizes_than_it_was_made_for():
-    made = pyramid(window=3, windowed=[0], image_size=64, out_channels=4, img_size=32, embed_dim=8, depth=2, num_heads=2)
+    made = pyramid(
+        window=3, windowed=[0], image_size=64, out_channels=4, img_size=32, embed_dim=8, depth=2, num_heads=2
+    )
     found = made(torch.randn(1, 3, 96, 48))
     assert [tuple(level.shape[2:]) for level in found.values()] == [(24, 12), (12, 6), (6, 3), (3, 1), (2, 1)]
     assert list(found) == ["p2", "p3", "p4", "p5", "p6"] and made.strides == [4, 8, 16, 32, 64]
@@ -190,7 +194,9 @@ def test_positions_are_resized_as_officially():
 
 
 def test_every_parameter_has_a_gradient():
-    made = pyramid(window=2, windowed=[0], image_size=64, out_channels=4, img_size=32, embed_dim=8, depth=2, num_heads=2)
+    made = pyramid(
+        window=2, windowed=[0], image_size=64, out_channels=4, img_size=32, embed_dim=8, depth=2, num_heads=2
+    )
     torch.stack([level.sum() for level in made(torch.randn(1, 3, 64, 64)).values()]).sum().backward()
     assert [name for name, p in made.named_parameters() if p.grad is None] == []
 

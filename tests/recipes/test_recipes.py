@@ -11,6 +11,7 @@ import yaml
 from official_files import guided_unet, saved, tiny_dit
 from pydantic import ValidationError
 
+from diffrep import dense
 from diffrep.assemble import METHODS
 from diffrep.data.batch import Batch
 from diffrep.data.transforms import augmentation
@@ -88,6 +89,9 @@ def test_every_stage_builds_and_takes_a_step(pipeline, token_networks, name, sta
 
 def learns(task, pipeline):
     """Images of 224 pixels are tried at 32, which ImageNet's networks take as well."""
+    if task.method.kind in NARROW:
+        learns_pixels_points_or_objects(task, pipeline)
+        return
     student = getattr(task.method, "student", None)
     told = f"{task.data.source} {student and student.name}"
     tokens = isinstance(getattr(task.method, "network", None), TransformerConfig)  # 16 of 2x2 pixels stand in
@@ -110,6 +114,33 @@ def learns(task, pipeline):
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in built.parameters())
     unknown = set(task.optim.group_lr) - set(built.parameter_groups())
     assert not unknown, unknown
+
+
+def learns_pixels_points_or_objects(task, pipeline):
+    """On canvases of digits, 64 pixels of them; a ViT keeps its depth, for its blocks are read, and loses its width."""
+    config, side = task.method, 64
+    views = config.views.model_copy(update=NARROW[config.kind](config.views, side))
+    student = config.student
+    if student.name.startswith("vit_"):
+        narrow = {"img_size": side, "embed_dim": 48, "num_heads": 3}
+        student = student.model_copy(update={"options": student.options | narrow})
+    small = {"views": views, "student": student, "init": None, "init_skip": ()}
+    method = type(config).model_validate(config.model_copy(update=small).model_dump())
+    data = task.data.model_copy(update={"source": "placed:digits", "only_part": None, "labels": 4})
+    train = task.train.model_copy(update={"batch_size": 2})
+    trial = task.model_copy(update={"data": data, "method": method, "train": train})
+    parts = dense.assembled(trial, torch.device("cpu"))
+    loss = parts.method.train()(parts.feed.batch(0, [0, 1], torch.device("cpu")), None, 0.0)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in parts.method.parameters())
+    assert set(task.optim.group_lr) <= set(parts.method.parameter_groups())
+
+
+NARROW = {
+    "segment": lambda views, side: {"base": (side, side), "crop": side, "window": side, "stride": side},
+    "landmark": lambda views, side: {"size": side},
+    "detect": lambda views, side: {"size": side},
+}
 
 
 def small_vit(student, size):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_masks import mask_set
 
-from diffrep.methods.segment import Segment
+from diffrep.methods.segment import SIDE_WEIGHTS, Segment
 from diffrep.recipes import repfusion_rows
 from diffrep.recipes.segment import RECIPES
 from diffrep.training.optim import lr_factor, optimiser
@@ -25,6 +25,7 @@ def test_which_rows_there_are():
     debug = {"segment_celebamask_bisenet_r18_debug", "segment_ade20k_upernet_debug"}
     faithful = {f"{name}_faithful" for name in FACES}
     assert MADE.keys() == {*FACES, *faithful, *SCENES, "segment_celebamask_bisenet_ohem", *debug}
+    assert all(recipe.method.side_weight is None for recipe in MADE.values())
     assert all(name == recipe.name and recipe.about and recipe.needs for name, recipe in MADE.items())
 
 
@@ -41,7 +42,7 @@ def test_every_setting_of_the_face_configs(name):
     assert (views.flip, views.colour, views.test, views.test_ratios) == (0.5, "photometric", "whole", (1.0,))
     assert views.swap_mirrored == ("faithful" not in name) and not views.ratios and not views.test_flip
     method = recipe.method
-    assert (method.head, method.side_weight, method.loss, method.select) == ("bisenet", 1.0, "ce", "last")
+    assert (method.head, SIDE_WEIGHTS[method.head], method.loss, method.select) == ("bisenet", 1.0, "ce", "last")
     assert method.student.name == ("resnet18" if "r18" in name else "resnet50")
     assert (method.student.mean, method.student.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert recipe.published.value is None and "not found" in recipe.published.source
@@ -81,7 +82,7 @@ def test_every_setting_of_the_scene_recipe(name):
     wanted = [1e-10, 3.3229e-5, 9.90625e-5, 6.875e-5, 2.5e-5, 6.25e-10]
     assert rates(recipe, (0, 500, 1500, 50000, 120000, 159999)) == pytest.approx(wanted, rel=1e-4)
     assert method.student.options == {"img_size": 512, "drop_path_rate": drop_path}
-    assert (method.head, method.side_weight, method.width, method.maps) == ("upernet", 0.4, None, ())
+    assert (method.head, SIDE_WEIGHTS[method.head], method.width, method.maps) == ("upernet", 0.4, None, ())
     assert (views.base, views.crop, views.test, views.window, views.stride) == ((2048, 512), 512, "slide", 512, 256)
     assert recipe.published.value == miou and recipe.assumed and len(recipe.needs) == 2
     if name.endswith("b"):

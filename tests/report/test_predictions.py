@@ -85,6 +85,7 @@ def test_masks_have_their_classes_and_their_words(tmp_path):
     assert "mIoU 61.2\u00a0%; mIoU without background 59.5\u00a0%; pixel accuracy 92.0\u00a0%." in "".join(reader.text)
     heads = next(r for r in reader.rows if "mIoU" in r)
     assert "classes" not in heads and "best step" not in heads
+    assert "mIoU: large dots are means" in words(reader)  # a word's own capitals stay
     assert "Cross-entropy of the pixels' classes" in words(reader) and "semantic segmentation" not in heads
 
 

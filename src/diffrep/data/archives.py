@@ -17,6 +17,7 @@ from diffrep.errors import UserError
 
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError)
 _LOCKED = (RuntimeError, NotImplementedError)  # of zipfile: a password, a compression that Python does not know
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # that is written to
 _NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 Member = tuple[str, bool, IO[bytes] | None]  # name, whether it is a plain file, what it holds
 
@@ -29,17 +30,20 @@ def unpack(archive: Path, folder: Path) -> None:
             or has no place there because of another one.
     """
     try:
-        with open(archive, "rb") as file:
-            members = _zipped(file) if zipfile.is_zipfile(archive) else _tarred(file)
-            for name, is_plain, content in members:
+        file = open(archive, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{archive} cannot be read ({error.strerror})") from None
+    with file:
+        try:
+            for name, is_plain, content in _zipped(file) if zipfile.is_zipfile(file) else _tarred(file):
                 _write(archive, folder, name, is_plain, content)
-    except UserError:
-        raise
-    except (*_DAMAGED, *_LOCKED, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's, not the archive's
+        except UserError:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{archive} is no readable zip or tar file ({reason}); nothing was written") from None
+        except (*_DAMAGED, *_LOCKED, OSError) as error:  # offsets of a damaged archive end in OSError, too
+            if getattr(error, "errno", None) in _OF_THE_DISK:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(": ")
+            raise UserError(f"{archive} is no readable zip or tar file ({reason}); nothing was written") from None
 
 
 def _zipped(file: IO[bytes]) -> Iterator[Member]:
@@ -52,10 +56,13 @@ def _zipped(file: IO[bytes]) -> Iterator[Member]:
 
 
 def _tarred(file: IO[bytes]) -> Iterator[Member]:
+    file.seek(0)
     with tarfile.open(fileobj=file, mode="r:*") as opened:
         for member in opened:
             if not member.isdir():
                 yield member.name, member.isreg(), opened.extractfile(member) if member.isreg() else None
+        while opened.fileobj and opened.fileobj.read(1 << 20):
+            pass  # the checksum of a compressed tar stands at its end
 
 
 def _write(archive: Path, folder: Path, name: str, is_plain: bool, content: IO[bytes] | None) -> None:

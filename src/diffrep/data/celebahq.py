@@ -109,6 +109,8 @@ def _numbered(origin: str, images: Path) -> dict[int, str]:
     if odd := [name for name in names if not _is_number(Path(name).stem)]:
         raise UserError(f"{origin}: {len(odd)} of {len(names)} images are not named by number, first {odd[0]}")
     files = {int(Path(name).stem): name for name in names}
-    if twice := [name for name in names if name not in files.values()]:
+    if len(files) < len(names):
+        kept = set(files.values())
+        twice = [name for name in names if name not in kept]
         raise UserError(f"{origin}: {len(twice)} numbers have two images, first {int(Path(twice[0]).stem)}")
     return files

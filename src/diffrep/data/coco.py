@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.data import rle
-from diffrep.data.coco_files import Annotated, annotated, annotation_files, examined, folder_of
+from diffrep.data.coco_files import Annotated, annotated, annotation_files, bytes_of, examined, folder_of
 from diffrep.data.containers import existing
 from diffrep.data.dense import DensePart, DenseRead, Task
 from diffrep.data.label_maps import NOTE
@@ -125,9 +125,9 @@ def _part(found: Annotated, root: Path, trains: bool) -> DensePart:
     label = {number: k for k, (number, _) in enumerate(found.categories)}
     kept = [i for i in found.images if not trains or any(_is_target(a) for a in found.annotations[i["id"]])]
     folder, names = folder_of(found, root), [image["file_name"] for image in kept]
-    files = [(found.file.name, found.file.stat().st_size)]
+    files = [(f"{found.file.name} {found.digest}", found.file.stat().st_size)]
     for name in names:
-        size = _bytes(folder, name)
+        size = bytes_of(folder, name)
         if size is None:
             raise UserError(f"{found.file}: picture {name!r} is not in {folder}")
         files.append((name, size))
@@ -136,16 +136,6 @@ def _part(found: Annotated, root: Path, trains: bool) -> DensePart:
         return _objects(kept[row], found.annotations[kept[row]["id"]], label)
 
     return DensePart(names, lambda row: (folder / names[row]).read_bytes(), truth, tuple(files))
-
-
-def _bytes(folder: Path, name: str) -> int | None:
-    """Of a picture's file; None where there is none, or the name leads out of the folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        return None
-    try:
-        return (folder / name).stat().st_size
-    except (OSError, ValueError):
-        return None
 
 
 def _is_target(annotation: dict[str, Any]) -> bool:
@@ -188,7 +178,7 @@ def faults(location: str) -> Iterator[str]:
 
 def _faults_of(image: dict[str, Any], annotations: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     name, size = image["file_name"], (image["width"], image["height"])
-    if _bytes(folder, name) is None:
+    if bytes_of(folder, name) is None:
         yield f"picture {name!r} is not in {folder}"
     else:
         with contextlib.suppress(OSError), Image.open(folder / name) as picture:  # unreadable ones are told elsewhere

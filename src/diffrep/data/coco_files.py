@@ -6,6 +6,7 @@ Source: the COCO data format (cocodataset.org, "Data format").
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -28,11 +29,12 @@ Complain = Callable[[str], None]  # what a fault does: end the reading, or be wr
 class Annotated:
     """One annotation file, as far as it can be used.
 
-    categories: id and name, by ascending id. images: as the file has them. annotations: those of each picture id,
+    digest: hex SHA-256 of the file. categories: id and name, by ascending id. images: as the file has them. annotations: those of each picture id,
     with category_id, bbox (four floats), segmentation (:func:`diffrep.data.rle.packed`), area and iscrowd.
     """
 
     file: Path
+    digest: str
     categories: tuple[tuple[int, str], ...]
     images: tuple[dict[str, Any], ...]
     annotations: dict[int, list[dict[str, Any]]]
@@ -89,11 +91,11 @@ def examined(file: Path, complain: Complain) -> Annotated:
         UserError: not JSON, or not COCO's.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(stored := file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({str(error).splitlines()[0]})") from None
     try:
-        return _entries(file, content, complain)
+        return _entries(file, hashlib.sha256(stored).hexdigest(), content, complain)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -101,7 +103,7 @@ def examined(file: Path, complain: Complain) -> Annotated:
         raise UserError(f"{file} is no JSON of COCO's ({what}); it needs {_NEEDED}") from None
 
 
-def _entries(file: Path, content: Any, complain: Complain) -> Annotated:
+def _entries(file: Path, digest: str, content: Any, complain: Complain) -> Annotated:
     images = _single(content["images"], "picture", complain)
     categories = _single(content["categories"], "category", complain)
     for image in images.values():
@@ -118,7 +120,7 @@ def _entries(file: Path, content: Any, complain: Complain) -> Annotated:
         elif (used := _used(annotation, image, name, complain)) is not None:
             found[image["id"]].append(used)
     named = tuple(sorted((number, str(category["name"])) for number, category in categories.items()))
-    return Annotated(file, named, tuple(images.values()), found)
+    return Annotated(file, digest, named, tuple(images.values()), found)
 
 
 def _single(entries: Any, what: str, complain: Complain) -> dict[int, dict[str, Any]]:
@@ -163,4 +165,14 @@ def folder_of(found: Annotated, root: Path) -> Path:
     ending = found.file.stem.rpartition("_")[2]
     places = [root / ending, root / "images" / ending, root / "images", root]
     first = found.images[0]["file_name"] if found.images else ""
-    return next((place for place in places if (place / first).is_file()), places[0])
+    return next((place for place in places if bytes_of(place, first)), places[0])
+
+
+def bytes_of(folder: Path, name: str) -> int | None:
+    """Of a picture's file; None where there is none, or the name leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    try:
+        return (folder / name).stat().st_size
+    except (OSError, ValueError):  # a name may be too long, or hold a zero byte
+        return None

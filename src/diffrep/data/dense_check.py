@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from diffrep import files
 from diffrep.console import progress
 from diffrep.data import ade20k, celebamask, coco, wflw
 from diffrep.data.archives import unpack
 from diffrep.data.celebamask import FIRST_ORDER, place_and_order, write_merged
 from diffrep.data.containers import existing
-from diffrep.data.dense import DenseRead, Task
+from diffrep.data.dense import DenseRead, DenseSet, Task
 from diffrep.data.dense_kinds import DENSE_KINDS
 from diffrep.data.images import Part, UnreadableError, decoded
 from diffrep.data.label_maps import NOTE
@@ -69,6 +71,7 @@ class DenseReport:
     parts: dict[str, int]  # pictures, or faces, of each part
     classes: tuple[str, ...]  # or names of points
     facts: dict[str, Any]  # what belongs beside every score: the label order
+    fingerprints: dict[str, str]  # hex SHA-256 of each part, as a run that takes the whole of it records it
     faults: tuple[Alike, ...]
     notes: tuple[Alike, ...]
     licence: str
@@ -83,7 +86,7 @@ class DenseReport:
         shown = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
         return [
             f"source: {self.source}",
-            *(f"{part}: {count:,}" for part, count in self.parts.items()),
+            *(f"{part}: {count:,}, sha256 {self.fingerprints[part][:16]}" for part, count in self.parts.items()),
             *([f"classes: {len(self.classes)} ({shown})"] if self.classes else []),
             *(f"{name.replace('_', ' ')}: {value}" for name, value in self.facts.items()),
             f"licence: {self.licence}",
@@ -213,4 +216,9 @@ def _report(name: str, location: str, found: DenseRead, sentences: Iterable[str]
     notes = gathered(told.removeprefix(NOTE) for told in said if told.startswith(NOTE))
     counts = {part: len(pictures) for part, pictures in found.parts.items()}
     licence = kind.licence if isinstance(kind.licence, str) else kind.licence(location)
-    return DenseReport(f"{name}:{location}", counts, found.classes, found.facts, faults, notes, licence)
+    source = f"{name}:{location}"
+    prints = {
+        part: DenseSet(source, part, found, pictures, torch.arange(len(pictures)), licence).fingerprint
+        for part, pictures in found.parts.items()
+    }
+    return DenseReport(source, counts, found.classes, found.facts, prints, faults, notes, licence)

@@ -108,9 +108,12 @@ class DetectTraining:
 
 
 def _source(old: int, new: int, start: int, most: int) -> Tensor:
-    """Which of ``old`` pixels lies nearest to each of ``new`` ones from ``start`` on, at most ``most``."""
-    wanted = torch.arange(start, min(new, start + most), dtype=torch.float64)
-    return ((wanted + 0.5) * (old / new)).long().clamp(max=old - 1)
+    """Which of ``old`` pixels lies nearest to each of ``new`` ones from ``start`` on, at most ``most``.
+
+    In float32, so that it is the pixel that transforms.v2 takes ("nearest exact").
+    """
+    wanted = torch.arange(start, min(new, start + most), dtype=torch.float32)
+    return ((wanted + 0.5) * (torch.tensor(old, dtype=torch.float32) / new)).long().clamp(max=old - 1)
 
 
 def _same_size(image: Tensor, truth: Objects) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import heapq
 import importlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,17 +248,25 @@ def in_picture(found: dict[str, Tensor], seen: tuple[int, int], size: tuple[int,
 def pasted(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """(n, H, W) bool: masks (n, M, M) in [0, 1], stretched to their boxes (n, 4), where they are at least a half.
 
-    Pixels have their centres at .5; beyond the middles of the outer cells a mask fades to 0, as detectron2's does.
+    Pixels have their centres at .5. Towards its edge a mask fades to 0, so that no pixel outside a box is set.
+    Source: detectron2's `paste_masks_in_image`.
     """
-    place = [torch.arange(side, device=boxes.device) + 0.5 for side in (width, height)]
-    x, y = (
-        2 * (place[axis] - boxes[:, axis, None]) / (boxes[:, axis + 2] - boxes[:, axis])[:, None] - 1 for axis in (0, 1)
-    )
-    found = [torch.zeros(0, height, width, dtype=torch.bool, device=boxes.device)]
-    for mask, of_x, of_y in zip(masks, x, y, strict=True):
-        grid = torch.stack(torch.broadcast_tensors(of_x[None, :], of_y[:, None]), 2)
-        found.append(F.grid_sample(mask[None, None], grid[None], align_corners=False)[0] >= 0.5)
-    return torch.cat(found)
+    found = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    for mask, into, (left, top, right, bottom) in zip(masks, found, boxes.double().tolist(), strict=True):
+        columns, rows = _whole(left, right, width), _whole(top, bottom, height)
+        x, y = (
+            2 * (torch.arange(along.start, along.stop, device=masks.device) + 0.5 - start) / (stop - start) - 1
+            for along, start, stop in ((columns, left, right), (rows, top, bottom))
+        )
+        if len(x) and len(y):
+            grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), 2).to(mask)
+            into[rows, columns] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0] >= 0.5
+    return found
+
+
+def _whole(start: float, stop: float, most: int) -> slice:
+    """The pixels that lie at least partly between two places."""
+    return slice(min(max(0, math.floor(start)), most), min(max(0, math.ceil(stop)), most))
 
 
 def f1(found: Detections, truth: Objects) -> float:

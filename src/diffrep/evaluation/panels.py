@@ -27,7 +27,7 @@ INK, GROUND = (26, 26, 26), (255, 255, 255)
 PER_LINE, SMALLEST = 36, 13  # letters that fit beside each other in a panel; pixels of the smallest type
 MOST_NAMED = 24  # classes in a legend
 TRUTH, FOUND = (86, 180, 233), (230, 159, 0)  # of points: discs and crosses
-AROUND = 0.25  # of the face's size, shown on each side of its points
+AROUND, LEAST_ROOM = 0.25, 8.0  # of the face's size, and pixels, shown on each side of its points
 LEAST_SCORE = 0.3  # of an object that is drawn
 COVER = 0.45  # how much of a picture an object's mask hides
 
@@ -149,7 +149,7 @@ def _around(truth: Tensor, image: Tensor) -> tuple[int, int, int, int]:
     if not len(there):
         return 0, 0, width, height
     low, high = there.min(0).values, there.max(0).values
-    room = AROUND * float((high - low).max().clamp(min=16))
+    room = max(LEAST_ROOM, AROUND * float((high - low).max()))
     left, top = (max(0, math.floor(v - room)) for v in low.tolist())
     right, bottom = (math.ceil(v + room) for v in high.tolist())
     left, top = min(left, width - 1), min(top, height - 1)

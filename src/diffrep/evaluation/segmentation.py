@@ -34,12 +34,14 @@ def confusion(found: Tensor, truth: Tensor, num_classes: int) -> Tensor:
 
     Args:
         found: predicted classes, of any shape.
-        truth: of the same shape; what is ``IGNORED`` counts nowhere.
+        truth: of the same shape, values of uint8; what is ``IGNORED`` counts nowhere.
     """
-    truth, found = truth.flatten().to(torch.int64), found.flatten().to(torch.int64)
-    known, side = truth != IGNORED, num_classes + 1
-    pairs = truth[known].clamp(max=num_classes) * side + found[known].clamp(max=num_classes)
-    return torch.bincount(pairs, minlength=side**2).view(side, side)
+    side = num_classes + 1
+    column, row = found.flatten().clamp(max=num_classes), truth.flatten()
+    # One row for each value a mask can have: what is no class is sorted out in the table, not pixel by pixel.
+    pairs = torch.add(column.to(torch.int32), row.to(torch.int32), alpha=side)
+    counts = torch.bincount(pairs, minlength=256 * side).view(256, side)
+    return torch.cat([counts[:num_classes], counts[num_classes:IGNORED].sum(0, keepdim=True)])
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,13 @@ class Landmark(DenseMethod):
         super().__init__()
         self.config = config
         self.backbone = MapBackbone(config.student, config.maps, config.fuse_upsample)
+        _check_side(config, self.backbone)
         if config.init is None and config.backbone_std is not None:
             heatmaps.begin(self.backbone, config.backbone_std)
         self.start(config)
-        num_points = len(images.truth(0).points)
-        self.network = Landmarker(self.backbone, _head(config, self.backbone, num_points))
+        self.network = Landmarker(self.backbone, _head(config, self.backbone, len(images.truth(0).points)))
         self.image_size = config.views.size
-        self.facts = {"points": num_points, "mirrored": images.mirrored, **images.facts}
+        self.facts = {"classes": list(images.classes), "mirrored": images.mirrored, **images.facts}
 
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
         """batch.target: {"points": (B, K, 2) in pixels of the crop, "visible": (B, K)}."""
@@ -82,6 +82,13 @@ class Landmark(DenseMethod):
 
     def dry_step(self, images: Tensor) -> None:
         self.network(images).sum().backward()
+
+
+def _check_side(config: LandmarkConfig, backbone: MapBackbone) -> None:
+    """Of the crops that a plain ViT, whose maps are all of one size, is shown."""
+    patch, side = backbone.strides[-1], config.views.size
+    if len(set(backbone.strides)) == 1 and side % patch:
+        raise UserError(f"method.views.size = {side}: {config.student.name} takes multiples of {patch} pixels")
 
 
 def _head(config: LandmarkConfig, backbone: MapBackbone, num_points: int) -> nn.Module:

@@ -30,6 +30,8 @@ from diffrep.models.maps import MapBackbone
 from diffrep.models.upernet import UperNet
 from diffrep.randomness import Rows
 
+SIDE_WEIGHTS = {"bisenet": 1.0, "upernet": 0.4}  # of the loss of each side head, as published
+
 
 class SegmentConfig(DenseConfig):
     """Head, loss and views of a segmentation network."""
@@ -40,7 +42,7 @@ class SegmentConfig(DenseConfig):
     width: int | None = Field(None, ge=1)  # channels of the main head; None: as published, from the backbone's
     side_width: int | None = Field(None, ge=1)  # channels of the side heads; None: as published
     spatial: tuple[int, int, int, int] | None = None  # channels of BiSeNet's spatial path; None: as published
-    side_weight: float = Field(1.0, ge=0)  # of each side head's loss; published with UperNet: 0.4
+    side_weight: float | None = Field(None, ge=0)  # of each side head's loss; None: as published, see SIDE_WEIGHTS
     loss: Literal["ce", "ohem"] = "ce"  # ohem: only the hard pixels count
     hard_below: float = Field(0.7, gt=0, lt=1)  # ohem: a pixel is hard whose true class has less probability
     hard_share: float = Field(1 / 16, gt=0, le=1)  # ohem: where fewer are hard, the hardest pixels up to this share
@@ -58,6 +60,7 @@ class Segment(DenseMethod):
         _check_sides(config, self.backbone)
         self.start(config)
         self.network = synchronised(_network(config, self.backbone, len(images.classes)))
+        self.side_weight = SIDE_WEIGHTS[config.head] if config.side_weight is None else config.side_weight
         self.image_size = config.views.crop
         self.facts = {"classes": list(images.classes), **images.facts}
 
@@ -68,7 +71,7 @@ class Segment(DenseMethod):
         label = batch.target.to(torch.int64)
         main_loss, side_loss = self._loss(main, label), sum(self._loss(side, label) for side in sides)
         return {
-            "loss": main_loss + self.config.side_weight * side_loss,
+            "loss": main_loss + self.side_weight * side_loss,
             "main_loss": main_loss,
             "side_loss": side_loss,
             "train_pixel_accuracy": pixel_accuracy(main.detach(), label),

@@ -4,7 +4,8 @@ He, Gkioxari, Dollar, Girshick 2017. torchvision gives anchors, matching, sampli
 is what it has no setting for: L1 losses of boxes, regions read with pixel centres at .5 and as many samples as they
 have pixels, masks compared after the same reading, and images that come in one size.
 Deviations from detectron2: anchors have whole-numbered sides, boxes below 0.01 pixels are dropped, background is
-class 0 in the heads and has boxes and masks of its own that nothing trains.
+class 0 in the heads and has boxes and masks of its own that nothing trains. Anchors and regions to compare are drawn
+by torchvision, so they depend on how a batch is split over processes.
 Letters: B images, S their side, n objects, R regions, K classes, C channels of the pyramid, M side of a mask.
 """
 
@@ -25,6 +26,7 @@ Found = dict[str, Tensor]  # boxes (n, 4) in input pixels, labels (n,) 0..K-1, s
 CANONICAL = (224, 4)  # a region of 224 x 224 pixels is read at stride 2^4: Lin et al. 2017 (FPN), eq. 1
 RATIOS = (0.5, 1.0, 2.0)  # height over width of anchors
 BOX_CELLS, MASK_CELLS = 7, 14  # of a region, per side
+SAMPLED_ANCHORS = 256  # of an image, half of them on objects where there are as many
 
 
 class HeadConfig(Config):
@@ -88,12 +90,10 @@ class MaskRCNN(nn.Module):
         self, images: Tensor, features: dict[str, Tensor], sizes: list[tuple[int, int]], truths: list[Found] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Boxes that may hold an object, (r, 4) of each image, and their losses where there is a truth."""
-        from torchvision.models.detection.image_list import ImageList
         from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-        maps = list(features.values())
-        logits, deltas = self.rpn.head(maps)
-        anchors = self.rpn.anchor_generator(ImageList(images, sizes), [m.float() for m in maps])
+        logits, deltas = self.rpn.head(list(features.values()))
+        anchors = [self.anchors([level.shape[2:] for level in logits], images.device)] * len(images)
         counts = [level.shape[1:].numel() for level in logits]
         logits, deltas = (flat.float() for flat in concat_box_prediction_layers(logits, deltas))
         boxes = self.rpn.box_coder.decode(deltas.detach(), anchors).view(len(images), -1, 4)
@@ -102,15 +102,21 @@ class MaskRCNN(nn.Module):
             return proposals, {}
         return proposals, self._proposal_losses(logits.flatten(), deltas, anchors, truths)
 
+    def anchors(self, grids: list[torch.Size], device: torch.device) -> Tensor:
+        """(A, 4) of all levels, whose maps have these heights and widths."""
+        generator = self.rpn.anchor_generator
+        generator.set_cell_anchors(torch.float32, device)
+        return torch.cat(generator.grid_anchors(grids, [(stride, stride) for stride in self.backbone.strides]))
+
     def _proposal_losses(
         self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], truths: list[Found]
     ) -> dict[str, Tensor]:
-        """Of 256 anchors of each image: is there an object, and where (L1)."""
+        """Of the sampled anchors of each image: is there an object, and where (L1)."""
         labels, boxes = self.rpn.assign_targets_to_anchors(anchors, truths)
         wanted = torch.cat(self.rpn.box_coder.encode(boxes, anchors))
         positive, negative = (torch.cat(chosen).bool() for chosen in self.rpn.fg_bg_sampler(labels))
         sampled = positive | negative
-        count = sampled.sum().clamp(min=1)
+        count = SAMPLED_ANCHORS * len(truths)
         objectness = F.binary_cross_entropy_with_logits(logits[sampled], torch.cat(labels)[sampled], reduction="sum")
         placed = F.l1_loss(deltas[positive], wanted[positive], reduction="sum")
         return {"objectness_loss": objectness / count, "proposal_loss": placed / count}
@@ -184,8 +190,8 @@ class RegionPool(nn.Module):
         level, pooled, rows = self.level(rois[:, 1:]), [], []
         for number, (features, stride) in enumerate(zip(levels, self.strides, strict=True)):
             rows.append((level == number).nonzero()[:, 0])
-            chosen = rois[rows[-1]].to(features.dtype)
-            pooled.append(torchvision.ops.roi_align(features, chosen, self.cells, 1 / stride, 0, True))
+            exact = features.float()  # half precision knows no pixel of a large image
+            pooled.append(torchvision.ops.roi_align(exact, rois[rows[-1]], self.cells, 1 / stride, 0, True))
         return torch.cat(pooled)[torch.cat(rows).argsort()]
 
     def level(self, boxes: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ def _proposer(config: HeadConfig) -> Any:
     head = RPNHead(config.channels, len(RATIOS), conv_depth=2)
     before = dict(zip(("training", "testing"), config.candidates, strict=True))
     after = dict.fromkeys(before, config.proposals)
-    return RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, before, after, nms_thresh=0.7)
+    return RegionProposalNetwork(anchors, head, 0.7, 0.3, SAMPLED_ANCHORS, 0.5, before, after, nms_thresh=0.7)
 
 
 def _heads(config: HeadConfig, num_classes: int, strides: list[int]) -> Any:

@@ -39,15 +39,20 @@ def _doubled(width: int) -> nn.ConvTranspose2d:
 
 
 class UPerHead(nn.Module):
-    """L maps (B, channels[l], H_l, W_l), finest first -> logits (B, K, H_0, W_0)."""
+    """L maps (B, channels[l], H_l, W_l), finest first -> logits (B, K, H_0, W_0).
 
-    def __init__(self, channels: Sequence[int], width: int, num_classes: int) -> None:
+    scales: into how many fields a side of the last map is pooled.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], width: int, num_classes: int, scales: Sequence[int] = POOL_SCALES
+    ) -> None:
         super().__init__()
         *lower, top = channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), ConvNorm(top, width, 1)) for bins in POOL_SCALES
+            nn.Sequential(nn.AdaptiveAvgPool2d(bins), ConvNorm(top, width, 1)) for bins in scales
         )
-        self.bottleneck = ConvNorm(top + len(POOL_SCALES) * width, width, 3)
+        self.bottleneck = ConvNorm(top + len(scales) * width, width, 3)
         self.lateral_convs = nn.ModuleList(ConvNorm(each, width, 1) for each in lower)
         self.fpn_convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in lower)
         self.fpn_bottleneck = ConvNorm(len(channels) * width, width, 3)
@@ -66,7 +71,7 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.dropout(self.fpn_bottleneck(torch.cat(pyramid, 1))))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """The last map beside its own averages over 1, 4, 9 and 36 fields."""
+        """The last map beside its own averages over fields."""
         fields = [resized(pool(x), x.shape[2:]) for pool in self.psp_modules]
         return self.bottleneck(torch.cat([x, *fields], 1))
 

@@ -13,6 +13,7 @@ from diffrep.recipes import (
     baselines,
     clean_input,
     denoiser,
+    dense_digits,
     detect,
     dmkd,
     dmkd_cifar10,
@@ -59,5 +60,6 @@ ROOMS = (
     segment,
     landmark,
     detect,
+    dense_digits,
 )
 RECIPES: dict[str, Callable[[], Recipe | Study]] = {make.__name__: make for room in ROOMS for make in room.RECIPES}

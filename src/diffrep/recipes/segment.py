@@ -127,7 +127,7 @@ def scenes(name: str, size: str) -> Recipe:
         method=SegmentConfig(
             student=StudentConfig(name=f"vit_{size}_patch16_224", options=options, mean=MEAN, std=STD),
             views=SegmentViews(base=(2048, 512), crop=512, test="slide", window=512, stride=256),
-            init=f"weights/{key}", head="upernet", side_weight=0.4,
+            init=f"weights/{key}", head="upernet",
         ),
         optim=OptimConfig(
             name="adamw", lr=1e-4, weight_decay=0.05, weight_decay_exclude_1d=True, layer_decay=layer_decay,
@@ -180,6 +180,7 @@ def _tiny(
     fields: dict[str, Any] | None = None,
     **data: Any,
 ) -> Recipe:
+    assert isinstance(base.method, SegmentConfig)
     seen = base.method.views.model_copy(update={"base": (64, 64), "crop": 64} | (views or {}))
     method = base.method.model_copy(update={"student": student, "views": seen} | (fields or {}))
     changed = {"about": about, "data": DataConfig(source=source, **data), "method": method}

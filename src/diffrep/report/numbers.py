@@ -129,5 +129,5 @@ def listed(items: Sequence[str]) -> str:
 
 
 def sentence(text: str) -> str:
-    """The first letter large, the others as they are."""
-    return text[:1].upper() + text[1:]
+    """The first letter large, the others as they are; a word like mIoU stays as it is."""
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]

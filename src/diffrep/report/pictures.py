@@ -150,7 +150,7 @@ def _dots(axes: Axes, y: int, row: Dots) -> None:
 
 def _score_axis(axes: Axes, values: Sequence[float], unit: str) -> None:
     if values:
-        margin = max(min(1.0, 0.05 * max(values)), 0.06 * (max(values) - min(values)))
+        margin = max(min(1.0, 0.05 * max(values)), 0.06 * (max(values) - min(values))) or 1.0
         axes.set_xlim(min(values) - margin, max(values) + margin)
     axes.set_xlabel(unit)
 
