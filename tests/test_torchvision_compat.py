@@ -225,7 +225,7 @@ def test_roi_align_holds_no_more_than_a_block():
 
     maps, rois = torch.randn(1, 64, 50, 50), torch.cat([torch.zeros(600, 1), corners(600, 48, 2.0)], 1)
     block, out = 4 * compat._SAMPLES, 4 * 600 * 64 * 7 * 7
-    assert 4 * 600 * 64 * 28 * 28 > 4 * (block + out)  # what all samples together would take
+    assert 4 * (block + out) < 4 * 600 * 64 * 28 * 28  # what all samples together would take
     assert peak_bytes(lambda: compat.roi_align(maps, rois, 7, 1.0, 4, True)) < 4 * block + 4 * out
 
 

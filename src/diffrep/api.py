@@ -87,7 +87,7 @@ def _study_words(task: Study, result: dict[str, Any]) -> dict[str, Any]:
     """The table a terminal shows: each arm's mean and standard deviation over the seeds."""
     names = [task.headline] if task.headline else []
     known = {name for by_seed in result["arms"].values() for scores in by_seed.values() for name in scores}
-    names += [name for name in ("top1", "frechet") if name in known and name not in names]
+    names += [name for name in ("top1", "frechet", "nme") if name in known and name not in names]
     rows = [(task.arms[arm], [_mean(by_seed, name) for name in names]) for arm, by_seed in result["arms"].items()]
     return {"columns": names, "table": rows, "next_commands": list(task.next_commands)}
 

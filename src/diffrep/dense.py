@@ -37,7 +37,7 @@ SAMPLES = "samples"  # folder of the pictures that a report shows
 class DenseTask:
     """One dense task.
 
-    views: (method.views, training set) -> how training sees a picture.
+    views: (method's settings, training set) -> how training sees a picture.
     scores: (method, pictures, device, folder for the worst ones or None, how many) -> numbers by name, in percent.
     headline: the number that chooses between checkpoints; larger_is_better says how.
     """
@@ -50,9 +50,13 @@ class DenseTask:
 
 
 TASKS: dict[str, DenseTask] = {
-    "segment": DenseTask(Segment, SegmentTraining, segmentation_scores, "miou"),
-    "landmark": DenseTask(Landmark, LandmarkTraining, landmark_scores, "nme", larger_is_better=False),
-    "detect": DenseTask(Detect, DetectTraining, detection_scores, "box_ap"),
+    "segment": DenseTask(
+        Segment, lambda c, images: SegmentTraining(c.views, images, c.student.mean), segmentation_scores, "miou"
+    ),
+    "landmark": DenseTask(
+        Landmark, lambda c, images: LandmarkTraining(c.views, images), landmark_scores, "nme", larger_is_better=False
+    ),
+    "detect": DenseTask(Detect, lambda c, images: DetectTraining(c.views, images), detection_scores, "box_ap"),
 }
 
 
@@ -93,7 +97,7 @@ def assembled(recipe: Recipe, device: torch.device) -> DenseParts:
     if recipe.data.labels is not None:
         seed = recipe.seed if recipe.data.label_seed is None else recipe.data.label_seed
         train = train.subset(some_pictures(len(train), recipe.data.labels, seed))
-    feed = DenseFeed(train, task.views(config.views, train), recipe.train.batch_size, recipe.seed)
+    feed = DenseFeed(train, task.views(config, train), recipe.train.batch_size, recipe.seed)
     return DenseParts(train, test, feed, method)
 
 

@@ -29,6 +29,7 @@ from diffrep.recipes.base import STAGE, Study, Task, is_same, recipe_hash, refer
 from diffrep.training.run import RunDir
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+MOST_SCORES = 6  # of a finished stage, in its line
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class _Watch:
     def finished(self, instance: Instance, result: dict[str, Any]) -> None:
         self.count += 1
         scores = result.get("scores", {})
-        shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items() if k != "test_images")
+        numbers = [f"{name} {value:.1f}" for name, value in scores.items() if isinstance(value, float)]
+        shown = ", ".join(numbers[:MOST_SCORES])
         self.say(
             f"[{self.count}/{self.total}] {instance.key}: {result.get('cpu_seconds', 0):.1f} CPU s"
             + (f", {shown}" if shown else "")

@@ -234,7 +234,7 @@ def test_missing_pictures_and_hostile_names(place):
         told = content()
         told["images"][0]["file_name"] = name
         (place / "annotations/instances_train2017.json").write_text(json.dumps(told))
-        with pytest.raises(UserError, match="is not in .*train2017"):
+        with pytest.raises(UserError, match=r"is not in .*train2017"):
             read_coco(str(place), "detect")
 
 
@@ -259,8 +259,8 @@ def test_faults_are_all_found_and_named(place):
     told["images"].append({"id": 11, "file_name": "gone.png", "height": 10, "width": 12})
     told["images"][1]["height"] = 9
     told["annotations"] += [
-        annotation(6, 70, 1), annotation(7, 7, 2), annotation(8, 7, 1, segmentation=[[1, 2]]), annotation(9, 7, 1, bbox=[]),
-        annotation(10, 7, 1, bbox=[9, 2, 8, 4]),
+        annotation(6, 70, 1), annotation(7, 7, 2), annotation(8, 7, 1, segmentation=[[1, 2]]),
+        annotation(9, 7, 1, bbox=[]), annotation(10, 7, 1, bbox=[9, 2, 8, 4]),
     ]  # fmt: skip
     (place / "annotations/instances_train2017.json").write_text(json.dumps(told))
     (place / "annotations/instances_val2017.json").unlink()
@@ -268,7 +268,8 @@ def test_faults_are_all_found_and_named(place):
     assert list(coco.faults(str(place))) == [
         "annotation 6 is of picture 70, which 'images' does not have",
         "annotation 7 is of category 2, which 'categories' does not have",
-        "annotation 8 of '7.png': segmentation: a polygon is three points or more, x0, y0, x1, y1, ...; found 2 numbers",
+        "annotation 8 of '7.png': segmentation: a polygon is three points or more, x0, y0, x1, y1, ...; "
+        "found 2 numbers",
         "annotation 9 of '7.png': bbox is x, y, width, height; found []",
         "train lists 4 of 118,287 pictures",
         "no picture of train shows category 'car' (id 3)",

@@ -278,7 +278,9 @@ def test_images_of_many_sizes_can_be_checked(shared):
     assert report.parts == {"validation": 20} and report.splits == {"train": 0, "validation": 20, "test": 0}
 
 
-@pytest.mark.parametrize(("name", "words"), [("cifar", "did you mean 'cifar10'"), ("digits", "valid: ade20k, celebahq")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("cifar", "did you mean 'cifar10'"), ("digits", "valid: ade20k, celebahq")]
+)
 def test_unknown_names_are_refused(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         check(name, tmp_path)

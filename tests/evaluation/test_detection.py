@@ -248,7 +248,7 @@ def test_the_worst_pictures_come_first(tmp_path):
 
     scores = scored(last_only, samples=tmp_path / "samples", count=2)
     rows = json.loads((tmp_path / "samples/predictions.json").read_text())
-    assert [row["name"] for row in rows][0] == "0.png" and rows[0]["score"] == 50 and rows[0]["metric"] == "F1 %"
+    assert rows[0]["name"] == "0.png" and rows[0]["score"] == 50 and rows[0]["metric"] == "F1 %"
     assert len(rows) == 2 and rows[1]["score"] == 100 and scores["box_ap"] < 100
     assert (tmp_path / "samples" / rows[0]["file"]).stat().st_size > 1000
 

@@ -214,8 +214,9 @@ def test_only_a_plain_vit_fits(name):
         ViTDet(net, 14, [], 224)
 
 
-def test_patches_that_halve_are_needed():
+@pytest.mark.parametrize("patch", [14, 2])
+def test_patches_that_halve_are_needed(patch):
     with torch.device("meta"):
-        net = ViTDet(timm_vit(img_size=28, patch_size=14, embed_dim=8, depth=1, num_heads=2), 2, [], 28)
-    with pytest.raises(UserError, match="patches of 14 pixels; the pyramid needs 8, 16 or 32"):
+        net = ViTDet(timm_vit(img_size=28, patch_size=patch, embed_dim=8, depth=1, num_heads=2), 2, [], 28)
+    with pytest.raises(UserError, match=f"patches of {patch} pixels; the pyramid needs 4, 8, 16 or 32"):
         SimplePyramid(net, 8, net.stride, 4)

@@ -115,7 +115,8 @@ def is_schedules(case):
 def test_golden_rates_are_those_of_the_official_code(golden_case, recipe):
     lr, steps, settings = PUBLISHED[recipe]
     listed = next(k for k in golden_case.keys if k.startswith(f"inputs/{ITERATIONS.get(recipe, recipe + '_iters')}"))
-    wanted = golden_case.get(next(k for k in golden_case.keys if k.startswith(f"outputs/{recipe}_") and k.endswith("_lr")))
+    rates = (k for k in golden_case.keys if k.startswith(f"outputs/{recipe}_") and k.endswith("_lr"))
+    wanted = golden_case.get(next(rates))
     if steps is None:  # 60 epochs, of as many iterations as the name of the list says
         steps = 60 * int(re.search(r"(\d+)_per_epoch", listed)[1])
     schedule = LrScheduleConfig(**settings)

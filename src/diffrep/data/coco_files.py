@@ -29,8 +29,9 @@ Complain = Callable[[str], None]  # what a fault does: end the reading, or be wr
 class Annotated:
     """One annotation file, as far as it can be used.
 
-    digest: hex SHA-256 of the file. categories: id and name, by ascending id. images: as the file has them. annotations: those of each picture id,
-    with category_id, bbox (four floats), segmentation (:func:`diffrep.data.rle.packed`), area and iscrowd.
+    digest: hex SHA-256 of the file. categories: id and name, by ascending id. images: as the file has them.
+    annotations: those of each picture id, with category_id, bbox (four floats), segmentation
+    (:func:`diffrep.data.rle.packed`), area and iscrowd.
     """
 
     file: Path
@@ -112,13 +113,13 @@ def _entries(file: Path, digest: str, content: Any, complain: Complain) -> Annot
     found: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     for annotation in content["annotations"]:
         name = f"annotation {annotation.get('id', '?')}"
-        image, kind = images.get(annotation["image_id"]), annotation["category_id"]
-        if image is None:
-            complain(f"{name} is of picture {annotation['image_id']}, which 'images' does not have")
+        picture, kind = annotation["image_id"], annotation["category_id"]
+        if picture not in images:
+            complain(f"{name} is of picture {picture}, which 'images' does not have")
         elif kind not in categories:
             complain(f"{name} is of category {kind}, which 'categories' does not have")
-        elif (used := _used(annotation, image, name, complain)) is not None:
-            found[image["id"]].append(used)
+        elif (used := _used(annotation, images[picture], name, complain)) is not None:
+            found[picture].append(used)
     named = tuple(sorted((number, str(category["name"])) for number, category in categories.items()))
     return Annotated(file, digest, named, tuple(images.values()), found)
 

@@ -122,7 +122,7 @@ def read_placed(location: str, task: Task) -> DenseRead:
     config = DataConfig(source=location)
     found = {split: _canvases(load_data(config, split), location) for split in SPLITS}
     classes = found["train"].images.classes
-    parts = {split: _part(canvases, task) for split, canvases in found.items()}
+    parts: dict[str, DensePart] = {split: _part(canvases, task) for split, canvases in found.items()}
     if task == "segment":
         return DenseRead(("background", *classes), parts)
     if task == "landmark":

@@ -10,6 +10,7 @@ Letters: H W a picture, h w a mask or a crop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,6 @@ class SegmentViews(Config):
     flip: float = Field(0.5, ge=0, le=1)  # share of training pictures that are mirrored
     swap_mirrored: bool = True  # and left and right labels exchanged in them; false: as the official code
     colour: Literal["photometric", "jitter", "none"] = "photometric"
-    padding: tuple[float, float, float] = (0.485, 0.456, 0.406)  # colour beyond the picture: the student's mean, its 0
     test: Literal["whole", "slide"] = "whole"  # the fitted picture at once, or averaged over windows of it
     window: int = Field(512, ge=1)  # pixels of a window's side ...
     stride: int = Field(256, ge=1)  # ... and from one to the next
@@ -55,8 +55,6 @@ class SegmentViews(Config):
             raise ValueError("ratios and test_ratios are above 0, and test_ratios has at least one")
         if self.stride > self.window:
             raise ValueError(f"stride = {self.stride}: windows of {self.window} pixels would leave gaps")
-        if min(self.padding) < 0 or max(self.padding) > 1:
-            raise ValueError(f"padding = {self.padding}: a colour in [0, 1]")
         return self
 
 
@@ -95,8 +93,10 @@ def mirror(image: Tensor, mask: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 class SegmentTraining:
     """Training views: image (3, crop, crop) float32 in [0, 1], mask (crop, crop) uint8 with ``IGNORED``."""
 
-    def __init__(self, config: SegmentViews, images: DenseSet) -> None:
+    def __init__(self, config: SegmentViews, images: DenseSet, mean: Sequence[float] = (0.5,)) -> None:
+        """mean: the student's, one number or one per channel: the colour beyond a picture, which it sees as 0."""
         self.config = config
+        self.padding = tuple(mean) * (3 // len(mean))
         self.table = exchange(images.mirrored if config.swap_mirrored else ())
 
     def __call__(self, image: Tensor, truth: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class SegmentTraining:
         if _uniform(rng) < config.flip:
             image, mask = mirror(image, mask, self.table)
         image = RECOLOURED[config.colour](image, rng)
-        return padded(image, mask, config.crop, config.padding)
+        return padded(image, mask, config.crop, self.padding)
 
     def collate(self, targets: list[Tensor]) -> Tensor:
         """(B, crop, crop) int64."""

@@ -8,7 +8,7 @@ Letters: B images, S their side, n objects, K classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from diffrep.errors import UserError
 from diffrep.methods.dense import DenseConfig, DenseMethod
 from diffrep.models.maps import MapBackbone
 from diffrep.models.mask_rcnn import Found, HeadConfig, MaskRCNN
-from diffrep.models.vitdet import SimplePyramid, ViTDet, global_blocks
+from diffrep.models.vitdet import SimplePyramid, ViTDet, check_plain, global_blocks
 from diffrep.randomness import Rows
 
 
@@ -50,8 +50,9 @@ class Detect(DenseMethod):
         self.facts = {"classes": list(images.classes), **images.facts}
 
     def _pyramid(self, config: DetectConfig) -> SimplePyramid:
-        vit = self.backbone.net
-        depth = len(getattr(vit, "blocks", ()))
+        vit: Any = self.backbone.net
+        check_plain(vit)
+        depth = len(vit.blocks)
         chosen = config.global_blocks or global_blocks(depth)
         if beyond := [number for number in chosen if not 0 <= number < depth]:
             raise UserError(f"method.global_blocks {beyond[0]}: the network has blocks 0 to {depth - 1}")

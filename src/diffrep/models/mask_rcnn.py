@@ -121,9 +121,7 @@ class MaskRCNN(nn.Module):
         placed = F.l1_loss(deltas[positive], wanted[positive], reduction="sum")
         return {"objectness_loss": objectness / count, "proposal_loss": placed / count}
 
-    def _region_losses(
-        self, levels: list[Tensor], proposals: list[Tensor], truths: list[Found]
-    ) -> dict[str, Tensor]:
+    def _region_losses(self, levels: list[Tensor], proposals: list[Tensor], truths: list[Found]) -> dict[str, Tensor]:
         """Of the sampled regions: class, box (L1) of its own class, mask of those that hold an object."""
         heads = self.regions
         regions, matched, labels, wanted = heads.select_training_samples(proposals, truths)

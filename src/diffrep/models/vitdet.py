@@ -43,7 +43,7 @@ class ViTDet(nn.Module):
             UserError: no plain ViT.
         """
         super().__init__()
-        _check_plain(vit)
+        check_plain(vit)
         self.patch_embed, self.pos_embed, self.blocks, self.norm_pre = (
             vit.patch_embed, vit.pos_embed, vit.blocks, vit.norm_pre,
         )  # fmt: skip
@@ -64,7 +64,12 @@ class ViTDet(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
-def _check_plain(vit: Any) -> None:
+def check_plain(vit: Any) -> None:
+    """Refuse what is no ViT with one kind of block, or has no table of positions.
+
+    Raises:
+        UserError: so.
+    """
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     plain = isinstance(vit, VisionTransformer) and vit.pos_embed is not None
@@ -155,11 +160,11 @@ class SimplePyramid(nn.Module):
         """width, stride: of the one map that ``net`` answers with.
 
         Raises:
-            UserError: a stride that is no power of two: the levels would have none either.
+            UserError: a stride that is no power of two, or below that of the finest level.
         """
         super().__init__()
-        if stride & (stride - 1):
-            raise UserError(f"method.student: patches of {stride} pixels; the pyramid needs 8, 16 or 32")
+        if stride & (stride - 1) or stride < SCALES[0]:
+            raise UserError(f"method.student: patches of {stride} pixels; the pyramid needs 4, 8, 16 or 32")
         self.net, self.out_channels = net, out_channels
         self.strides = [int(stride / scale) for scale in SCALES] + [int(stride / SCALES[-1]) * 2]
         self.names = [f"p{int(math.log2(of_level))}" for of_level in self.strides]

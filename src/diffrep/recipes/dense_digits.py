@@ -102,12 +102,12 @@ def _learns(net: str, start: str, task: str) -> Recipe:
 
 
 def _masks(student: StudentConfig, maps: tuple[str, ...], init: str | None) -> DenseConfig:
-    """UperNet, 32 channels wide; a mirrored digit would be another sign, so nothing is mirrored."""
+    """UperNet, 16 channels wide; a mirrored digit would be another sign, so nothing is mirrored."""
     views = SegmentViews(
         base=(CANVAS, CANVAS), ratio_range=(1, 1), crop=CANVAS, cat_max_ratio=1, flip=0, colour="none"
     )  # fmt: skip
     return SegmentConfig(
-        student=student, maps=maps, init=init, head="upernet", width=32, side_width=32, side_weight=0.4, views=views
+        student=student, maps=maps, init=init, head="upernet", width=16, side_width=16, side_weight=0.4, views=views
     )
 
 

@@ -35,9 +35,7 @@ def _recipe(size: str, student: StudentConfig, layer_decay: float, published: Pu
         data=DataConfig(source="coco:data/coco"),
         method=DetectConfig(student=student),
         optim=_optim(layer_decay),
-        train=TrainConfig(
-            steps=STEPS, batch_size=64, precision="fp16", log_every=100, checkpoint_every=5000
-        ),
+        train=TrainConfig(steps=STEPS, batch_size=64, precision="fp16", log_every=100, checkpoint_every=5000),
         published=published,
         assumed=ASSUMED,
         needs=("data: COCO 2017 at data/coco",),
