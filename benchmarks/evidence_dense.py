@@ -49,7 +49,7 @@ def _tables(arms: Arms) -> list[str]:
         lines += [f"## {HEADINGS[task]}", "", f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for name, words in dense_digits().arms.items():
             if name.startswith(task) and name in arms:
-                lines.append(f"| {words.removesuffix(f': {what}')} | {' | '.join(_cells(arms, name, task))} |")
+                lines.append(f"| {words.removesuffix(f', {what}')} | {' | '.join(_cells(arms, name, task))} |")
         lines.append("")
     return lines
 

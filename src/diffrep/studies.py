@@ -27,9 +27,9 @@ from diffrep.evaluation import label_value
 from diffrep.files import locked, read_json, short_hash, write_json
 from diffrep.recipes.base import STAGE, Study, Task, is_same, recipe_hash, references, replace_strings, to_yaml
 from diffrep.training.run import RunDir
+from diffrep.words import numbers
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-MOST_SCORES = 6  # of a finished stage, in its line
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,7 @@ class _Watch:
 
     def finished(self, instance: Instance, result: dict[str, Any]) -> None:
         self.count += 1
-        scores = result.get("scores", {})
-        numbers = [f"{name} {value:.1f}" for name, value in scores.items() if isinstance(value, float)]
-        shown = ", ".join(numbers[:MOST_SCORES])
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers(result.get("scores", {})))
         self.say(
             f"[{self.count}/{self.total}] {instance.key}: {result.get('cpu_seconds', 0):.1f} CPU s"
             + (f", {shown}" if shown else "")

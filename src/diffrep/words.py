@@ -8,6 +8,7 @@ from typing import Any
 
 from diffrep.console import counts, duration
 from diffrep.report.scores import unit
+from diffrep.report.values import is_score
 from diffrep.taps import Tap
 
 
@@ -91,15 +92,15 @@ def study(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-MOST_SCORES = 8  # that a line holds; the rest stands in result.json
+def numbers(found: dict[str, Any]) -> list[tuple[str, float]]:
+    """The scores that a line holds: not those by class, subset or size, which result.json and the report have."""
+    return [(name, value) for name, value in found.items() if isinstance(value, float) and is_score(name)]
 
 
 def scores(found: dict[str, Any], pictures: int | None = None) -> str:
     """Numbers in a line; pictures: how many they are of, where ``test_images`` does not say so."""
-    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
-    shown = [f"{name} {value:.2f}{unit(name)}" for name, value in list(numbers.items())[:MOST_SCORES]]
-    more = f", {len(numbers) - MOST_SCORES} more in result.json" if len(numbers) > MOST_SCORES else ""
-    return ", ".join(shown) + more + f" (of {found.get('test_images', pictures)} test images)"
+    shown = ", ".join(f"{name} {value:.2f}{unit(name)}" for name, value in numbers(found))
+    return f"{shown} (of {found.get('test_images', pictures)} test images)"
 
 
 def ledger(rows: Sequence[dict[str, Any]]) -> str:

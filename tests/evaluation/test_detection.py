@@ -13,6 +13,8 @@ from toy_objects import CATEGORY_IDS, CLASSES, object_set, shapes
 
 from diffrep.data import coco
 from diffrep.data.coco import Objects
+from diffrep.data.datasets import DataConfig
+from diffrep.data.dense import load_dense
 from diffrep.data.detect_views import DetectViews, fitted
 from diffrep.errors import UserError
 from diffrep.evaluation import detection
@@ -206,6 +208,20 @@ def test_crowds_are_neither_found_nor_missed():
         told = coco_truth([crowded], [7], CATEGORY_IDS, CLASSES)
         for kind in ("bbox", "segm"):
             assert average_precision(told, results, kind).stats[0] == 1
+
+
+def test_the_truth_of_photographs_as_detections_has_ap_1(shared, library):
+    """Filled polygons against the polygons themselves, which the library fills."""
+    images = load_dense(DataConfig(source=f"coco:{shared}/data/fixtures/coco"), "test", "detect")
+    truths = [images.truth(k) for k in range(len(images))]
+    pictures = [truth.picture for truth in truths]
+    told = coco_truth(truths, pictures, images.facts["category_ids"], images.classes)
+    found = [Detections(t.boxes, t.labels, torch.ones(len(t)), t.masks()) for t in truths]
+    results = [row for f, p in zip(found, pictures, strict=True) for row in coco_results(f, p, [1])]
+    assert sorted(p for p in pictures) == [785, 40083, 196141, 197388] and len(results) == 14
+    for kind in ("bbox", "segm"):
+        precision = average_precision(told, results, kind)
+        assert precision.stats[0] == pytest.approx(1, abs=1e-12) and precision.by_category == pytest.approx([1])
 
 
 def test_truth_and_results_have_the_official_ids():

@@ -265,6 +265,11 @@ def test_networks_that_do_not_fit_are_one_line(changes, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_named_maps_are_refused():
+    with pytest.raises(ValueError, match="the pyramid is made of the last map alone"):
+        settings(maps=("blocks.1",))
+
+
 def test_a_batch_says_what_it_is_of():
     shown = batch(build(), rows=(2, 0))
     assert isinstance(shown, Batch) and shown.labels is None and len(shown.target) == 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffrep.data.batch import Batch
@@ -35,6 +35,12 @@ class DetectConfig(DenseConfig):
     global_blocks: tuple[int, ...] = ()
     heads: HeadConfig = HeadConfig()
 
+    @model_validator(mode="after")
+    def _of_the_last_map(self) -> DetectConfig:
+        if self.maps:
+            raise ValueError("maps: the pyramid is made of the last map alone; leave it empty")
+        return self
+
 
 class Detect(DenseMethod):
     """The losses of proposals, classes, boxes and masks, added up."""
@@ -44,7 +50,7 @@ class Detect(DenseMethod):
     def __init__(self, config: DetectConfig, images: DenseSet) -> None:
         super().__init__()
         self.config, self.image_size = config, config.views.size
-        self.backbone = MapBackbone(config.student, config.maps)
+        self.backbone = MapBackbone(config.student)
         self.start(config)
         self.network = MaskRCNN(self._pyramid(config), len(images.classes), config.heads)
         self.facts = {"classes": list(images.classes), **images.facts}

@@ -16,7 +16,7 @@ from diffrep.report.page import Block, Folded, Notes, Picture, Section, Table, T
 from diffrep.report.scores import score_words, valued
 from diffrep.report.values import DENSE, Entry, Run
 
-OPEN, MOST = 4, 20  # pictures that stand open, and with those that are folded, of one entry
+OPEN, MOST = 4, 20  # pictures of one entry that stand open, and with the folded ones; of one among several: OPEN
 HEADLINES = {
     "segment": ("miou", "miou_parts", "pixel_accuracy"),
     "landmark": ("nme", "fr10", "auc10"),
@@ -81,7 +81,7 @@ def _pictures(entries: Sequence[Entry]) -> list[Block]:
         return []
     said: list[Block] = [Text(LOOK[kind]) for kind in dict.fromkeys(e.kind for e in entries if e.label in shown_by)]
     if len(shown_by) > 1:
-        return [*said, *(Folded(label, panels) for label, panels in shown_by.items())]
+        return [*said, *(Folded(label, panels[:OPEN]) for label, panels in shown_by.items())]
     (panels,) = shown_by.values()
     rest = panels[OPEN:]
     return [*said, *panels[:OPEN], *([Folded(f"The next {len(rest)}", rest)] if rest else [])]
