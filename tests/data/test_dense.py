@@ -148,6 +148,33 @@ def test_rows_of_a_step_depend_on_nothing_else(source):
     assert not torch.equal(other.images, whole.images)
 
 
+def test_the_next_step_is_made_ahead_and_shown_once(source):
+    """Each row of each step is cropped once, in micro-batches or whole; any other step is made anew."""
+    images, made = source(train=part(10))("train", only_part="train"), []
+
+    class Counted(Noisy):
+        def __call__(self, image, truth, rng):
+            seen = super().__call__(image, truth, rng)
+            made.append(float(seen[0].sum()))
+            return seen
+
+    feed, device = DenseFeed(images, Counted(), batch_size=4, seed=3), torch.device("cpu")
+    shown = [feed.batch(step, rows, device) for step in range(3) for rows in ([0, 2], [1, 3])]
+    assert len({float(image.sum()) for batch in shown for image in batch.images}) == 12
+    feed._pool.shutdown(wait=True)
+    assert len(made) == len(set(made)) == 16  # four steps: one ahead
+    again = DenseFeed(images, Noisy(), batch_size=4, seed=3)
+    assert torch.equal(again.batch(2, [1, 3], device).images, shown[-1].images)
+    assert torch.equal(again.batch(0, [0, 2], device).images, shown[0].images)
+
+
+def test_a_damaged_picture_stops_the_step_that_shows_it(source):
+    images = source(train=part(4, broken=[2]))("train", only_part="train")
+    feed = DenseFeed(images, Noisy(), batch_size=4, seed=0)
+    with pytest.raises(UserError, match="picture 'p2' is unreadable"):
+        feed.batch(0, [0, 1, 2, 3], torch.device("cpu"))
+
+
 def test_what_is_moved_keeps_its_shape():
     value = {"a": [torch.ones(2), (torch.zeros(1), "word")], "b": None}
     assert str(moved(value, torch.device("cpu"))) == str(value)
