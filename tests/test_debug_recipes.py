@@ -1,6 +1,7 @@
 """Every shipped *_debug recipe trains two steps, and resumed after the first it gives the same loss."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from diffrep.recipes.base import Recipe, recipe_hash, to_yaml
 from diffrep.recipes.loading import load
 
 DEBUG = [name for name in RECIPES if name.endswith("_debug") and isinstance(RECIPES[name](), Recipe)]
+FIXTURES = Path(__file__).parents[1] / os.environ.get("DIFFREP_DATA", "../shared") / "data" / "fixtures"
+NO_FIXTURES = pytest.mark.skipif(not FIXTURES.is_dir(), reason="no fixtures: set DIFFREP_DATA to the folder of data/")
+CASES = [pytest.param(n, marks=NO_FIXTURES if "fixtures" in RECIPES[n]().data.source else ()) for n in DEBUG]
 EXPORTED = {  # others: weights.safetensors
     "denoiser": "pipeline/unet/diffusion_pytorch_model.safetensors",
     "mixing": "mix/weights.safetensors",
@@ -31,8 +35,10 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the teachers that other recipes ask for stand where they look for them."""
+    """A folder in which the teachers and fixtures that recipes ask for stand where they look for them."""
     folder = tmp_path_factory.mktemp("debug")
+    (folder / "data").mkdir()
+    (folder / "data" / "fixtures").symlink_to(FIXTURES.resolve())
     api.run("denoiser_debug", out=folder / "runs" / "denoiser_debug")
     saved(guided_unet(), folder / "runs" / "tiny_adm.pt")
     saved(tiny_dit(), folder / "runs" / "tiny_dit.pt")
@@ -47,7 +53,7 @@ def test_there_is_one_for_every_road():
     assert found == roads and studies
 
 
-@pytest.mark.parametrize("name", DEBUG)
+@pytest.mark.parametrize("name", CASES)
 def test_two_steps_and_a_resume_to_the_same_loss(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     whole = api.run(name, out=tmp_path / "whole")
@@ -76,7 +82,7 @@ class AfterOneStep:
         return None
 
 
-@pytest.mark.parametrize("name", DEBUG)
+@pytest.mark.parametrize("name", CASES)
 def test_the_run_folder_rebuilds_the_run(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     api.run(name, out=tmp_path / "run")
@@ -89,7 +95,7 @@ def test_the_run_folder_rebuilds_the_run(name, folder, tmp_path, monkeypatch):
     assert environment["threads"] == 1 and environment["packages"]["torch"]
 
 
-@pytest.mark.parametrize("name", DEBUG)
+@pytest.mark.parametrize("name", CASES)
 def test_as_a_command(name, folder):
     done = commands.run(folder, "run", name, "--out", f"command_{name}", "--json")
     assert done.code == 0 and done.err == ""

@@ -62,7 +62,6 @@ def rows(count=2):
 @pytest.mark.golden(of=is_bisenet)
 def test_golden_losses_of_three_heads(golden_case):
     label, total = golden_case.get("inputs/label").squeeze(1), 0
-    assert (label == 255).any()
     for head in ("decode_head", "aux0", "aux1"):
         logits = golden_case.get(f"outputs/{head}/logits")
         loss = pixel_cross_entropy(logits, label)

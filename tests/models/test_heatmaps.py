@@ -35,7 +35,7 @@ def drawn(*shape, seed=0):
 def official_head(meta):
     kwargs = meta["kwargs"]
     if kwargs.get("input_transform") == "resize_concat":
-        return ConcatHead([kwargs["in_channels"][k] for k in range(len(kwargs["in_index"]))], kwargs["out_channels"])
+        return ConcatHead(kwargs["in_channels"], kwargs["out_channels"])
     widths, kernels = kwargs["num_deconv_filters"], kwargs["num_deconv_kernels"]
     return DeconvHead(kwargs["in_channels"], kwargs["out_channels"], widths, kernels)
 
@@ -45,7 +45,7 @@ def official_head(meta):
 def test_heads_are_the_official_ones(golden_case, mode):
     head = official_head(golden_case.meta)
     head.load_state_dict(golden_case.under("weights/"))  # strict: under the official names
-    maps = list(golden_case.under("inputs/").values())
+    maps = [golden_case.get(f"inputs/x{k}") for k in golden_case.meta["kwargs"].get("in_index", [0])]
     found = head.train(mode == "train")(maps)
     torch.testing.assert_close(found, golden_case.get(f"outputs/{mode}"), atol=1e-5, rtol=0)
 
@@ -182,8 +182,8 @@ def test_decodings_are_the_official_ones(golden_case, how):
 @kind("heatmap decoding")
 def test_where_udp_finds_no_peak_the_point_stays_at_minus_one(golden_case):
     maps, center, scale = (golden_case.get(f"inputs/{name}").double() for name in ("heatmaps", "center", "scale"))
+    maps[:, 0] = -maps[:, 0].abs()
     empty = maps.amax((2, 3)) <= 0
-    assert empty.any()
     sides = torch.tensor([maps.shape[3] - 1, maps.shape[2] - 1])
     expected = (-200 * scale / sides + center - 100 * scale)[:, None].expand(-1, maps.shape[1], 2)
     torch.testing.assert_close(decode(maps, center, scale, "udp")[0][empty], expected[empty], atol=1e-4, rtol=0)

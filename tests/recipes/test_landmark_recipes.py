@@ -1,6 +1,7 @@
 """The rows of RepFusion's `landmark` folder as recipes, and a run of the smallest: pytest <this file>"""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -77,9 +78,10 @@ def test_networks_and_starts_of_the_rows():
     )  # fmt: skip
     assert (hrnet.student.name, hrnet.head, hrnet.fuse_upsample) == ("hrnet_w18", "concat", "bilinear")
     assert (r50.backbone_std, hrnet.backbone_std, r50.init, hrnet.init) == (None, 0.001, None, None)
-    for net, taught in (("r50", "repfusion_celebahq_resnet50"), ("hrnet_w18", "repfusion_celebahq_hrnet_w18")):
-        recipe = row(f"landmark_wflw_{net}_distilled")
-        assert recipe.method.init == f"runs/{taught}" and any(taught in need for need in recipe.needs)
+    nets = {"r50": "resnet50", "hrnet_w18": "hrnet_w18"}
+    for net, end in product(nets, ("", "_faithful")):  # a faithful stage 2 follows a faithful stage 1
+        taught, recipe = f"repfusion_celebahq_{nets[net]}{end}", row(f"landmark_wflw_{net}_distilled{end}")
+        assert recipe.method.init == f"runs/{taught}" and any(f"run {taught} " in need for need in recipe.needs)
         stage_1 = RECIPES[taught]().method.student
         assert stage_1.name == recipe.method.student.name
         assert (stage_1.mean, stage_1.std) == (recipe.method.student.mean, recipe.method.student.std)

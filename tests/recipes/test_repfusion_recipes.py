@@ -45,6 +45,15 @@ def test_what_is_faithful_differs_where_the_configs_are_wrong():
     assert (ours.method.timestep.entropy_weight, theirs.method.timestep.entropy_weight) == (0.1, 0.0)
 
 
+@pytest.mark.parametrize("end", ["", "_faithful"])
+@pytest.mark.parametrize("net", ["resnet18", "resnet50", "hrnet_w18"])
+def test_faces_are_those_of_the_training_split(net, end):
+    """Its validation and test faces are of their own; officially the students see them all."""
+    recipe = RECIPES[f"repfusion_celebahq_{net}{end}"]()
+    assert (recipe.train.steps, recipe.train.batch_size) == (round(200 * 24_183 / 64), 64)
+    assert "all 30,000 photographs" in recipe.assumed[0] and not any("held out" in line for line in recipe.assumed)
+
+
 def test_losses_and_timesteps_of_the_rows():
     told = {n.removeprefix("repfusion_"): RECIPES[n]().method for n in ROWS}
     at, rkd = told["cifar10_resnet18_at"], told["tinyimagenet_resnet18_rkd"]

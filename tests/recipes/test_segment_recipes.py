@@ -68,6 +68,7 @@ def test_every_setting_of_the_recipe_of_hard_pixels():
     assert (method.loss, method.hard_below, method.hard_share) == ("ohem", 0.7, 1 / 16)
     assert views.ratios == (0.75, 1, 1.25, 1.5, 1.75, 2) and (views.crop, views.base) == (448, (512, 512))
     assert (views.colour, views.swap_mirrored, views.cat_max_ratio) == ("jitter", True, 1)
+    assert any("padded; published: enlarged" in line for line in recipe.assumed)  # 0.75 x 512 < 448
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -43,7 +43,7 @@ class SegmentConfig(DenseConfig):
     side_width: int | None = Field(None, ge=1)  # channels of the side heads; None: as published
     spatial: tuple[int, int, int, int] | None = None  # channels of BiSeNet's spatial path; None: as published
     side_weight: float | None = Field(None, ge=0)  # of each side head's loss; None: as published, see SIDE_WEIGHTS
-    loss: Literal["ce", "ohem"] = "ce"  # ohem: only the hard pixels count
+    loss: Literal["ce", "ohem"] = "ce"  # ohem: only the hard pixels count, of those that a device sees at once
     hard_below: float = Field(0.7, gt=0, lt=1)  # ohem: a pixel is hard whose true class has less probability
     hard_share: float = Field(1 / 16, gt=0, le=1)  # ohem: where fewer are hard, the hardest pixels up to this share
 

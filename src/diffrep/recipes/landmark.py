@@ -66,10 +66,10 @@ NETS = {
 
 def wflw(name: str, net: str, distilled: bool, faithful: bool) -> Recipe:
     """Adam 2e-3, a tenth after epochs 40 and 55 of 60; 500 steps of warm-up."""
-    row, start = NETS[net], f"runs/{NETS[net].taught}"
-    fields = row.fields | ({"init": start, "backbone_std": None} if distilled else {})
-    before = f"from what {row.taught} taught it" if distilled else "from scratch, or with --set method.init=RUN"
-    needs = (DATA, made_by(row.taught, "weights")) if distilled else (DATA,)
+    row, taught = NETS[net], NETS[net].taught + "_faithful" * faithful
+    fields = row.fields | ({"init": f"runs/{taught}", "backbone_std": None} if distilled else {})
+    before = f"from what {taught} taught it" if distilled else "from scratch, or with --set method.init=RUN"
+    needs = (DATA, made_by(taught, "weights")) if distilled else (DATA,)
     return Recipe(
         name=name,
         about=f"98 points of a face by {row.student}, {before}{', as released' * faithful}.",

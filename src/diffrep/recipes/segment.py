@@ -84,6 +84,7 @@ def segment_celebamask_bisenet_ohem() -> Recipe:
             "training reads the training split; published: all 30,000 faces, those of the test too",
             "BiSeNet with a spatial path; batch 16 is that of one device, and how many there were is not stated",
             "weight decay is of all parameters alike",
+            "a picture smaller than the crop is padded; published: enlarged to it",
         ),
         needs=(FACES_NEEDED, "weights: timm's resnet18.tv_in1k from the Hub"),
     )
