@@ -158,6 +158,14 @@ def test_in_bf16_the_losses_themselves_are_float32(settings):
 
 
 @BOTH
+def test_a_checkpoint_holds_the_backbone_once(settings):
+    method = build(settings)
+    stored = sum(value.numel() for value in method.state_dict().values())
+    assert stored == sum(value.numel() for value in method.network.state_dict().values())
+    assert {id(p) for p in method.backbone.parameters()} <= {id(p) for p in method.network.parameters()}
+
+
+@BOTH
 def test_every_parameter_learns_in_its_group(settings):
     method = build(settings)
     method(batch(), rows(), 0.0)["loss"].backward()

@@ -45,11 +45,19 @@ class DenseMethod(Method):
 
     task: str
     network: nn.Module
-    backbone: MapBackbone
     image_size: int  # side of the square pictures that a step is counted with: those of training
     facts: dict[str, Any]  # what belongs beside the weights: classes, label order
     opinion: Callable[[], float] | None = None  # of the network on held-out pictures, larger is better
     loaded: Fit | None = None
+
+    def hold(self, backbone: MapBackbone) -> None:
+        """Remember the backbone, which is a part of ``network``, without being its module a second time: a checkpoint
+        would hold it twice."""
+        self._held = (backbone,)
+
+    @property
+    def backbone(self) -> MapBackbone:
+        return self._held[0]
 
     def start(self, config: DenseConfig) -> None:
         """Bring the backbone to ``init``, whose licence and labels this run inherits."""

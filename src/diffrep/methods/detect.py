@@ -46,12 +46,16 @@ class Detect(DenseMethod):
     """The losses of proposals, classes, boxes and masks, added up."""
 
     task = "detect"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: DetectConfig, images: DenseSet) -> None:
         super().__init__()
         self.config, self.image_size = config, config.views.size
-        self.backbone = MapBackbone(config.student)
+        self.hold(MapBackbone(config.student))
         self.start(config)
+        for name in ("mean", "std"):  # which the network, built around the ViT alone, has not
+            self.register_buffer(name, getattr(self.backbone, name).clone(), persistent=False)
         self.network = MaskRCNN(self._pyramid(config), len(images.classes), config.heads)
         self.facts = {"classes": list(images.classes), **images.facts}
 
@@ -67,13 +71,16 @@ class Detect(DenseMethod):
             raise UserError(f"method.views.size {config.views.size}: takes multiples of {net.stride}, one patch")
         return SimplePyramid(net, net.width, net.stride, config.heads.channels)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
     def forward(self, batch: Batch, rng: Rows, progress: float) -> dict[str, Tensor]:
-        losses = self.network(self.backbone.normalise(batch.images), batch.target)
+        losses = self.network(self.normalise(batch.images), batch.target)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def found(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Found]:
         """What is found in images (B, 3, S, S) in [0, 1] whose pictures are ``sizes`` large."""
-        return self.network.found(self.backbone.normalise(images), sizes)
+        return self.network.found(self.normalise(images), sizes)
 
     def dry_step(self, images: Tensor) -> None:
-        self.network.dry_step(self.backbone.normalise(images))
+        self.network.dry_step(self.normalise(images))

@@ -53,7 +53,7 @@ class Landmark(DenseMethod):
     def __init__(self, config: LandmarkConfig, images: DenseSet) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MapBackbone(config.student, config.maps, config.fuse_upsample)
+        self.hold(MapBackbone(config.student, config.maps, config.fuse_upsample))
         _check_side(config, self.backbone)
         if config.init is None and config.backbone_std is not None:
             heatmaps.begin(self.backbone, config.backbone_std)

@@ -56,7 +56,7 @@ class Segment(DenseMethod):
     def __init__(self, config: SegmentConfig, images: DenseSet) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MapBackbone(config.student, config.maps, config.fuse_upsample)
+        self.hold(MapBackbone(config.student, config.maps, config.fuse_upsample))
         _check_sides(config, self.backbone)
         self.start(config)
         self.network = synchronised(_network(config, self.backbone, len(images.classes)))
