@@ -110,7 +110,8 @@ SCALES: dict[str, tuple[float, float, float, dict[str, float], tuple[str, ...]]]
     ),
     "large": (
         54.3, 0.8, 0.2,
-        {}, ("maps behind blocks 7, 11, 15 and 23; layer decay 0.8 and drop path 0.2, as ADDP fine-tunes ViT-L",),
+        {}, ("maps behind blocks 7, 11, 15 and 23; layer decay 0.8 and drop path 0.2, as ADDP fine-tunes ViT-L",
+         "heads 1024 channels wide, as the encoder is; ViT-B's are 768"),
     ),
 }  # fmt: skip
 
