@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import commands
 
+from diffrep import assemble, words
 from diffrep.recipes.base import to_yaml
+from diffrep.recipes.loading import load
 
 SMALL = "{steps: 4, batch_size: 4, log_every: 1, checkpoint_every: 1}"
 PIPELINE = "runs/denoiser_debug/pipeline/unet"
@@ -373,6 +375,39 @@ def test_a_dry_run_of_no_steps_and_of_one(teacher):
         more = ("--set", f"train.steps={steps}", "--set", "optim.lr_schedule.name=polynomial", "--json")
         done = commands.run(teacher, "run", "denoiser_debug", "--dry-run", *more)
         assert done.code == 0 and json.loads(done.out)["images"] == 8 * steps, done.err
+
+
+def test_a_costly_step_is_timed_on_a_share_of_its_batch(monkeypatch):
+    """A published batch may take a CPU many minutes, and more memory than there is."""
+    recipe = load("denoiser_debug")
+    whole = assemble.estimate(recipe)
+    per_image = whole["multiply_adds"] // whole["images"]
+    monkeypatch.setattr(assemble.torch.cuda, "is_available", lambda: False)
+    for budget, expected in ((3 * per_image, 3), (1, 2)):  # batch norm refuses a single image
+        monkeypatch.setattr(assemble, "TIMED_MULTIPLY_ADDS", budget)
+        share = assemble.estimate(recipe)
+        assert (whole["timed_images"], share["timed_images"], share["batch_size"]) == (8, expected, 8)
+        assert {k: share[k] for k in ("images", "multiply_adds")} == {k: whole[k] for k in ("images", "multiply_adds")}
+    assert "steps of 2 of 8 images, as is memory" in words.cost("", share) and "whole steps" in words.cost("", whole)
+
+
+def test_what_is_terminated_leaves_nothing_aside(tmp_path):
+    """SIGTERM ends a command as Ctrl-C does: half of 30,000 merged masks does not stay behind."""
+    faces, count = tmp_path / "here/faces", 600
+    (faces / "CelebA-HQ-img").mkdir(parents=True)
+    (faces / "CelebAMask-HQ-mask-anno/0").mkdir(parents=True)
+    Image.fromarray(np.full((512, 512), 255, np.uint8)).save(tmp_path / "skin.png")
+    for k in range(count):
+        (faces / f"CelebA-HQ-img/{k}.jpg").write_bytes(b"not looked at")
+        os.link(tmp_path / "skin.png", faces / f"CelebAMask-HQ-mask-anno/0/{k:05d}_skin.png")
+    rows = "".join(f"{k} {k} {k + 1}.jpg\n" for k in range(count))
+    (faces / "CelebA-HQ-to-CelebA-mapping.txt").write_text(rows)
+    command = commands.Command(tmp_path / "here", "data", "prepare", "celebamask-hq", "faces", "out/masks")
+    command.until(lambda: any((tmp_path / "here/out").glob(".*/mask-repfusion/*.png")))
+    command.send(signal.SIGTERM)
+    done = command.wait()
+    assert (done.code, done.line) == (130, "interrupted")
+    assert list((tmp_path / "here/out").iterdir()) == []
 
 
 def test_what_show_prints_can_be_run(here):

@@ -63,6 +63,8 @@ METHODS = {
     "mixing": Mixing,
     "mae": MAE,
 }
+TIMED_MULTIPLY_ADDS = 10**11  # of a step that a CPU only times: some seconds
+TIMED_SECONDS = 20  # after which no further step is timed
 STATISTICS_IMAGES = 4096  # at most, that a method's ``prepare`` looks at
 
 
@@ -322,10 +324,12 @@ def multiply_adds_per_image(method: Method, image_size: int) -> int:
 
 
 def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
-    """What a run will cost, from counting and from three real steps whose result is thrown away."""
+    """What a run will cost, from counting and from up to three real steps whose result is thrown away."""
     parts = assemble(recipe, allow_code)
     run = RunDir(Path("nothing-is-written-here"), writes=False)
-    config = recipe.train.model_copy(update={"track": (), "steps": max(recipe.train.steps, 1)})
+    per_image = multiply_adds_per_image(parts.method, parts.image_size)
+    timed = _timed_images(recipe.train.batch_size, per_image)
+    config = recipe.train.model_copy(update={"track": (), "steps": max(recipe.train.steps, 1), "batch_size": timed})
     trainer = Trainer(parts.method, parts.feed, recipe.optim, config, recipe.seed, run)
     parts.method.train()
     times = []
@@ -333,17 +337,28 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
         began = time.process_time()
         trainer.step(step)
         times.append(time.process_time() - began)
+        if sum(times) > TIMED_SECONDS:
+            break
     tensors = sum(p.numel() * p.element_size() for p in parts.method.parameters())
     copies = 1 + {"sgd": 1, "lars": 1, "muon": 1}.get(recipe.optim.name, 2) + (1 if recipe.train.ema_decay else 0)
     images = recipe.train.steps * recipe.train.batch_size
     return {
-        "multiply_adds": multiply_adds_per_image(parts.method, parts.image_size) * images,
+        "multiply_adds": per_image * images,
         "images": images,
-        "seconds": min(times, default=0.0) * recipe.train.steps,
+        "seconds": min(times, default=0.0) * recipe.train.steps * recipe.train.batch_size / timed,
+        "batch_size": recipe.train.batch_size,
+        "timed_images": timed,
         "memory_bytes": peak_memory(),
         "disk_bytes": tensors * (2 * copies + 1),
         "licences": {"data": parts.train.licence, "weights": parts.method.licence},
     }
+
+
+def _timed_images(batch_size: int, per_image: int) -> int:
+    """How many images of a batch are timed: on a CPU no more than give an answer soon, and stay in its memory."""
+    if torch.cuda.is_available():
+        return batch_size
+    return min(batch_size, max(2, TIMED_MULTIPLY_ADDS // max(1, per_image)))  # batch norm refuses a single image
 
 
 def peak_memory() -> int:

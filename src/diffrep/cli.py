@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -357,6 +358,7 @@ def main() -> None:
     """The console script: every failure is one line and an exit code of its own."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what lies aside is removed
     try:
         code = app(with_partition(arguments), prog_name="diffrep", standalone_mode=False)
     except Exception as error:
@@ -364,8 +366,9 @@ def main() -> None:
             raise
         sys.exit(_failed(error))
     except KeyboardInterrupt:
+        code = 130
+    if code == 130:  # Typer makes this of an interrupt, too
         _say("interrupted")
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

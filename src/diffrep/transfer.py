@@ -74,13 +74,20 @@ class Plan:
         test = load_dense(data, "test", of_dense(self.recipe).kind)
         place = self.finished / best.BEST if best.known(self.finished) else self.finished
         learnt = read_json(place / "config.json").get("classes", list(test.classes))
-        if list(learnt) != list(test.classes):
-            told = f"{len(learnt)} classes, {self.source} has {len(test.classes)}"
-            raise UserError(f"evaluate: {self.finished} knows {told}, or others by name")
+        if told := _differing(learnt, test.classes):
+            raise UserError(f"evaluate: {self.finished} learnt other classes than {self.source} has: {told}")
         method = TASKS[self.task].method(of_dense(self.recipe).model_copy(update={"init": None}), test)
         method.load(place)
         found = TASKS[self.task].scores(method.eval().to(device), test, device, None, 0)
         return found | {"test_images": len(test)}
+
+
+def _differing(learnt: Sequence[str], here: Sequence[str]) -> str | None:
+    """Two lists of classes: their lengths, or the first that differs; two label orders have the same classes."""
+    if len(learnt) != len(here):
+        return f"{len(learnt)}, not {len(here)}"
+    pairs = enumerate(zip(learnt, here, strict=True))
+    return next((f"class {k} is {a!r}, not {b!r}" for k, (a, b) in pairs if a != b), None)
 
 
 def plans(
@@ -183,8 +190,9 @@ def _student(model: str, place: Path, look: dict[str, Any]) -> StudentConfig:
     if place.is_dir() and "addp" in (parts := held(place)):
         network = read_part(parts["addp"], "addp")[0]
         return vit_student(network.image_size, network.patch_size, network, pre_norm=False)
+    lacks = "holds no encoder" if place.exists() else "does not exist"
     raise UserError(
-        f"evaluate --task: {model} holds no encoder; valid: a finished run with a student or of the task, a folder "
+        f"evaluate --task: {model} {lacks}; valid: a finished run with a student or of the task, a folder "
         "with an ADDP network, timm:NAME, a weights file with --architecture"
     )
 

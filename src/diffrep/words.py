@@ -59,13 +59,18 @@ def _estimate(found: dict[str, Any]) -> str:
         [
             f"images seen       {amount(found['images'])}",
             f"multiply-adds     {amount(found['multiply_adds'])} (counted)",
-            f"time, about       {duration(found['seconds'])} of CPU (from three steps on this machine)",
+            f"time, about       {duration(found['seconds'])} of CPU (from {_timed(found)} on this machine)",
             f"memory, at least  {size(found['memory_bytes'])}",
             f"disk, about       {size(found['disk_bytes'])}",
             *(f"licence of {what:<8}{licence}" for what, licence in found["licences"].items()),
             "nothing was written",
         ]
     )
+
+
+def _timed(found: dict[str, Any]) -> str:
+    some, whole = found["timed_images"], found["batch_size"]
+    return "whole steps" if some == whole else f"steps of {some} of {whole} images, as is memory,"
 
 
 def result(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffrep.data import dense, dense_kinds, sources
+from diffrep.data.coco import Objects
 from diffrep.data.datasets import DataConfig
 from diffrep.data.dense_feed import DenseFeed, moved
 from diffrep.errors import UserError
@@ -87,6 +88,20 @@ def test_a_mask_of_another_frame_is_refused_and_a_scaled_one_is_not(source):
     wrong = dense.DensePart(["p"], lambda k: png(np.zeros((8, 6, 3), np.uint8)), lambda k: torch.zeros(6, 6))
     with pytest.raises(UserError, match="its mask is 6x6, the picture 8x6"):
         source(train=wrong)("train", only_part="train")[0]
+
+
+def test_objects_of_another_frame_are_refused(source):
+    """Else masks as large as the annotations say would be made, whatever that is."""
+    truth = Objects.from_masks(torch.ones(1, 6, 6, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
+    for height in (6, 12):  # no scaled copy either: boxes are in pixels
+        size = (height, height, 3)
+        found = dense.DensePart(["p"], lambda k, size=size: png(np.zeros(size, np.uint8)), lambda k: truth)
+        images = source(train=found)("train", only_part="train")
+        if height == 6:
+            assert images[0][1] is truth
+        else:
+            with pytest.raises(UserError, match="'p': its annotations are of 6x6, the picture 12x12"):
+                images[0]
 
 
 def test_settings_of_image_sets_are_refused(source):

@@ -149,6 +149,7 @@ def test_notes_do_not_make_a_set_incomplete(shared, tmp_path, sample_counts):
 def test_an_archive_is_not_checked_but_prepared(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"x")
     assert "is a file; `diffrep data prepare ade20k" in refused(check, "ade20k", tmp_path / "a.zip")
+    assert "prepare coco THE_ARCHIVES'_FOLDER" in refused(check, "coco", tmp_path / "a.zip")  # one of three is no set
     assert "does not exist" in refused(check, "wflw", tmp_path / "nowhere")
 
 

@@ -121,7 +121,9 @@ def test_a_finished_run_is_no_encoder_for_others_and_knows_its_classes(finished,
     assert code == 2 and "is a finished run of the task 'segment', and kept no encoder for 'landmark'" in err
     code, _, err = said(run, "--task", "segment", "--data", PLACED)
     assert code == 2 and err.count("\n") == 1
-    assert f"{run} knows 19 classes, placed:digits has 11, or others by name" in err
+    assert f"{run} learnt other classes than placed:digits has: 19, not 11" in err
+    code, _, err = said(run, "--task", "segment", "--data", f"{FACES}@dataset")
+    assert code == 2 and err.endswith("has: class 2 is 'l_brow', not 'nose'\n")  # as many, in the other label order
 
 
 def test_a_dry_run_says_what_each_would_cost_and_writes_nothing(here, said, tmp_path, fixtures):
@@ -215,7 +217,7 @@ def test_a_setting_may_be_of_one_task(here):
         ("conv", "--data digits --set a=1", "--set belongs to --task"),
         ("conv", "--data digits --data digits", "one set at a time"),
         ("conv", "--task segment --data placed:digits --set method.heads=x", "method.heads"),
-        (None, "--task segment --data placed:digits", "nowhere holds no encoder; valid: a finished run"),
+        (None, "--task segment --data placed:digits", "nowhere does not exist; valid: a finished run"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_two(here, said, tmp_path, name, arguments, words):

@@ -97,8 +97,7 @@ class DenseSet:
         if index in self._kept:
             return self._kept[index]
         image, truth = self.image(index), self.truth(index)
-        if isinstance(truth, Tensor) and truth.shape != image.shape[1:]:
-            truth = self._fitting(index, truth, image)
+        self._check_size(index, truth, image)
         size = image.nbytes + (truth.nbytes if isinstance(truth, Tensor) else 0)
         if size <= self._room:
             self._room -= size
@@ -118,13 +117,14 @@ class DenseSet:
     def truth(self, index: int) -> Any:
         return self.part.truth(self.positions[index])
 
-    def _fitting(self, index: int, mask: Tensor, image: Tensor) -> Tensor:
-        """The mask, where it is only a scaled copy of the picture's frame (CelebAMask-HQ: half as large)."""
-        (h, w), (height, width) = mask.shape, image.shape[1:]
-        if h * width == w * height:
-            return mask
-        sizes = f"its mask is {h}x{w}, the picture {height}x{width}"
-        raise UserError(f"{self.name}: {self.image_name(index)!r}: {sizes}")
+    def _check_size(self, index: int, truth: Any, image: Tensor) -> None:
+        """Refuse a truth of another frame; a mask may be a scaled copy of it (CelebAMask-HQ: half as large)."""
+        shape = truth.shape if isinstance(truth, Tensor) else getattr(truth, "size", image.shape[1:])  # of objects
+        (h, w), (height, width) = shape, image.shape[1:]
+        if (h, w) != (height, width) and not (isinstance(truth, Tensor) and h * width == w * height):
+            what = "its mask is" if isinstance(truth, Tensor) else "its annotations are of"
+            sizes = f"{what} {h}x{w}, the picture {height}x{width}"
+            raise UserError(f"{self.name}: {self.image_name(index)!r}: {sizes}")
 
     @property
     def fingerprint(self) -> str:

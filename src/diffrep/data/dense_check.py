@@ -119,7 +119,8 @@ def check(name: str, location: str) -> DenseReport:
     """
     place, _ = _split(name, location)
     if existing(place).is_file():
-        raise UserError(f"{place} is a file; `diffrep data prepare {name} {place} FOLDER` makes a folder of an archive")
+        archive = place if len(ARCHIVES[name]) == 1 else "THE_ARCHIVES'_FOLDER"
+        raise UserError(f"{place} is a file; `diffrep data prepare {name} {archive} FOLDER` makes a folder of archives")
     try:
         found = _read(name, location)
     except UserError as error:

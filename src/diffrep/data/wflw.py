@@ -150,8 +150,7 @@ def _part(found: _Layout, file: Path) -> DensePart:
     files = ((file.name, file.stat().st_size), *((name, size or 0) for name, size in sizes.items()))
 
     def truth(index: int) -> Face:
-        if rows[index].size is None:
-            _check_inside(rows[index], _size(found.images / rows[index].file), wheres[index])
+        _check_inside(rows[index], _size(found.images / rows[index].file), wheres[index])  # what a list claims may err
         return rows[index].face
 
     return DensePart(
@@ -336,10 +335,9 @@ def _check_inside(row: Row, size: tuple[int, int], where: str) -> None:
 
 def _faults(row: Row, size: tuple[int, int], where: str) -> Iterator[str]:
     """Of a row beside its image; UserError where the points lie elsewhere."""
-    if row.size is None:
-        _check_inside(row, size, where)
-    elif row.size != size:
+    if row.size not in (None, size):
         yield f"{where}: {row.file} is {size[0]}x{size[1]}, the list says {row.size[0]}x{row.size[1]}"
+    _check_inside(row, size, where)
     if outside := int((_beyond(row.face, size) > 0).sum()):
         yield f"{NOTE}{where}: {outside} points lie beyond the edge of {row.file}"
     if math.dist(*(row.face.points[k].tolist() for k in EYE_CORNERS)) == 0:
