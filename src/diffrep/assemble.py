@@ -328,8 +328,9 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
     parts = assemble(recipe, allow_code)
     run = RunDir(Path("nothing-is-written-here"), writes=False)
     per_image = multiply_adds_per_image(parts.method, parts.image_size)
-    timed = _timed_images(recipe.train.batch_size, per_image)
-    config = recipe.train.model_copy(update={"track": (), "steps": max(recipe.train.steps, 1), "batch_size": timed})
+    timed = _timed_images(recipe, per_image)
+    changes = {"track": (), "steps": max(recipe.train.steps, 1), "batch_size": timed, "precision": _timed_in(recipe)}
+    config = recipe.train.model_copy(update=changes)
     trainer = Trainer(parts.method, parts.feed, recipe.optim, config, recipe.seed, run)
     parts.method.train()
     times = []
@@ -348,17 +349,25 @@ def estimate(recipe: Recipe, allow_code: bool = False) -> dict[str, Any]:
         "seconds": min(times, default=0.0) * recipe.train.steps * recipe.train.batch_size / timed,
         "batch_size": recipe.train.batch_size,
         "timed_images": timed,
+        "timed_in": config.precision,
         "memory_bytes": peak_memory(),
         "disk_bytes": tensors * (2 * copies + 1),
         "licences": {"data": parts.train.licence, "weights": parts.method.licence},
     }
 
 
-def _timed_images(batch_size: int, per_image: int) -> int:
+def _timed_images(recipe: Recipe, per_image: int) -> int:
     """How many images of a batch are timed: on a CPU no more than give an answer soon, and stay in its memory."""
-    if torch.cuda.is_available():
+    batch_size = recipe.train.batch_size
+    if torch.cuda.is_available() or recipe.method.compares_images():
         return batch_size
     return min(batch_size, max(2, TIMED_MULTIPLY_ADDS // max(1, per_image)))  # batch norm refuses a single image
+
+
+def _timed_in(recipe: Recipe) -> str:
+    """The precision of the steps that are timed; a CPU has no fp16."""
+    precision = recipe.train.precision
+    return "fp32" if precision == "fp16" and not torch.cuda.is_available() else precision
 
 
 def peak_memory() -> int:

@@ -70,7 +70,8 @@ def _estimate(found: dict[str, Any]) -> str:
 
 def _timed(found: dict[str, Any]) -> str:
     some, whole = found["timed_images"], found["batch_size"]
-    return "whole steps" if some == whole else f"steps of {some} of {whole} images, as is memory,"
+    steps = "whole steps" if some == whole else f"steps of {some} of {whole} images, as is memory,"
+    return f"{steps} in {found['timed_in']}"
 
 
 def result(found: dict[str, Any]) -> str:
