@@ -21,7 +21,7 @@ import torch
 from diffrep import _torchvision_compat
 from diffrep.data.images import Part, Read, UnreadableError
 from diffrep.errors import UserError
-from diffrep.files import located
+from diffrep.files import ROOT_VARIABLE, located
 
 PART_WORDS = {
     "train": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
@@ -40,7 +40,8 @@ def existing(location: str) -> Path:
     """
     path = located(location)
     if not path.exists():
-        raise UserError(f"{location} does not exist; give a folder or file on this machine")
+        looked = "" if Path(location).is_absolute() else f", neither here nor below ${ROOT_VARIABLE}"
+        raise UserError(f"{location} does not exist{looked}; give a folder or file on this machine")
     return path
 
 
