@@ -70,7 +70,8 @@ def dense_digits_debug() -> Study:
     """The same stages with hardly any steps, for tests."""
     stages = {name: quickstart.shortened(stage) for name, stage in _stages().items()}
     about = "The stages of dense_digits, two steps each."
-    return dense_digits().model_copy(update={"name": "dense_digits_debug", "about": about, "stages": stages})
+    changes = {"name": "dense_digits_debug", "about": about, "stages": stages, "ours": None}
+    return dense_digits().model_copy(update=changes)
 
 
 def _stages() -> dict[str, Stage]:
