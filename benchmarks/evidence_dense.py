@@ -104,7 +104,10 @@ WORDS = (
     "How the settings came about. Rates: see `recipes/dense_digits.py`. The test canvases were looked at before the "
     "study was fixed, with seed 0: on canvases of 20 pixels with more clutter no arm learned anything in 600 steps; "
     "with a head of 16 channels and 1,200 steps the CNN reached 21.8 from scratch, 19.1 behind an untrained teacher "
-    "and 20.9 distilled, so nothing would have been found. A head of 32 channels and 1,500 steps were taken because "
+    "and 20.9 distilled, so nothing would have been found "
+    "(`diffrep run dense_digits --seeds 0 --set masks_conv_scratch.method.width=16 "
+    "--set masks_conv_scratch.method.side_width=16 --set masks_conv_scratch.train.steps=1200`, and so for the other "
+    "arms). A head of 32 channels and 1,500 steps were taken because "
     "they learn the task. Seeds 1 and 2 were not looked at before.",
     "",
     "Digits of 8 pixels, one on a canvas, are no faces and no scenes: whether the published gains on CelebAMask-HQ, "

@@ -1,10 +1,12 @@
 """Pictures with masks, made up: what tests of segmentation share."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from diffrep.data.dense import DensePart, DenseRead, DenseSet
+from diffrep.errors import UserError
 
 CLASSES = ("background", "left", "right", "hat")
 
@@ -46,3 +48,13 @@ class Reader(nn.Module):
         self.seen.append(tuple(images.shape[2:]))
         levels = 20 * (torch.arange(self.num_classes) + 1) / 255
         return -1e4 * (images[:, :1] - levels.view(1, -1, 1, 1)).square()
+
+
+def refusal(read, place, part=None):
+    """The one line with which ``read(place)`` refuses a set, or the first mask of one of its parts."""
+    with pytest.raises(UserError) as caught:
+        found = read(place)
+        if part:
+            found.parts[part].truth(0)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -111,7 +111,8 @@ def scores(found: dict[str, Any], pictures: int | None = None) -> str:
 
 def ledger(rows: Sequence[dict[str, Any]]) -> str:
     """One row per recipe; what stands below is what the columns cannot hold."""
-    cells = [[r["name"], r["kind"], r["status"], r["published"], r["ours"]] for r in rows]
+    ours = [r["ours"].replace(" seeds)", ")") for r in rows]  # the heading says of what the number in brackets is
+    cells = [[r["name"], r["kind"], r["status"], r["published"], own] for r, own in zip(rows, ours, strict=True)]
     recipes: dict[str, list[str]] = {}  # those that a note is true of
     for row in rows:
         for note in row["notes"]:
@@ -119,7 +120,7 @@ def ledger(rows: Sequence[dict[str, Any]]) -> str:
     notes = [
         f"{', '.join(names[:2])}{f' and {len(names) - 2} more' * (len(names) > 2)}: {n}" for n, names in recipes.items()
     ]
-    return "\n".join([table(["recipe", "kind", "status", "published", "ours"], cells), "", *notes])
+    return "\n".join([table(["recipe", "kind", "status", "published", "ours (seeds)"], cells), "", *notes])
 
 
 def taps(found: Sequence[Tap]) -> str:

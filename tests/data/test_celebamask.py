@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from toy_masks import refusal
 
 from diffrep.data.celebahq import MAPPING, part_of, read_mapping
 from diffrep.data.celebamask import (
@@ -60,13 +61,7 @@ def read(place):
 
 
 def refused(place, part=None):
-    """The one line with which a set is refused, or the first mask of one of its parts."""
-    with pytest.raises(UserError) as caught:
-        found = read(place)
-        if part:
-            found.parts[part].truth(0)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal(read, place, part)
 
 
 def by_name(place, part, row):

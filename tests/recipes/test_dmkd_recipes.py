@@ -312,7 +312,7 @@ def test_the_ledger_lists_them_with_rivals_and_stays_narrow(tmp_path):
     assert first["status"] == "needs data, weights"
     assert rows["dmkd_imagenet_rn18_script"]["published"] == "not found"
     table, _, notes = words.ledger(list(rows.values())).partition("\n\n")
-    assert max(map(len, table.splitlines())) <= 120
+    assert max(map(len, table.splitlines())) <= 116
     assert "dmkd_cifar100_rn34_rn18: others: CMI-500 77.04, ZSKT 67.74" in notes
 
 

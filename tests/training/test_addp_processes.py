@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import torchrun
+from test_processes import left_by_two
 
 SCRIPT = '''
 """Arguments: the folder with tokenizer and predictor, and where to leave the weights."""
@@ -60,12 +60,8 @@ def steps(tokens, folder, law, **options):
 @pytest.fixture(scope="module")
 def two(token_networks, tmp_path_factory) -> Path:
     """What two processes leave behind; one start of torchrun serves all tests."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT)
-    (folder / "addp_cases.py").write_text(CASES)
-    done = torchrun(folder, "script.py", token_networks, str(folder))
-    assert done.returncode == 0, done.stderr
-    return folder
+    files = {"script.py": SCRIPT, "addp_cases.py": CASES}
+    return left_by_two(tmp_path_factory.mktemp("two"), files, str(token_networks))
 
 
 @pytest.mark.parametrize("law", ["batch", "sample", "full"])

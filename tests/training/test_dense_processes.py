@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import torchrun
+from test_processes import left_by_two
 
 SCRIPT = '''
 """Argument: where to leave the weights."""
@@ -73,12 +73,7 @@ NAMES = ("bisenet", "upernet", "heatmaps")
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """What two processes leave behind; one start of torchrun serves all tests."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT)
-    (folder / "dense_cases.py").write_text(MODULE)
-    done = torchrun(folder, "script.py", str(folder))
-    assert done.returncode == 0, done.stderr
-    return folder
+    return left_by_two(tmp_path_factory.mktemp("two"), {"script.py": SCRIPT, "dense_cases.py": MODULE})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -134,15 +134,19 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def left_by_two(folder: Path, files: dict[str, str], *arguments: str) -> Path:
+    """``folder`` after two processes ran its script.py; files: what is written there first, by name."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    done = torchrun(folder, "script.py", *arguments, str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """What two processes leave behind; one start of torchrun serves all tests."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT)
-    (folder / "cases.py").write_text(CASES)
-    done = torchrun(folder, "script.py", str(folder))
-    assert done.returncode == 0, done.stderr
-    return folder
+    return left_by_two(tmp_path_factory.mktemp("two"), {"script.py": SCRIPT, "cases.py": CASES})
 
 
 @pytest.fixture(scope="module")
